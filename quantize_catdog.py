@@ -1,0 +1,747 @@
+"""Post-training INT8 quantization of a cat/dog CNN, from a picture's bytes to its INT8 logits.
+
+    pip install -r requirements.txt && python quantize_catdog.py
+
+A network trained in FP32 becomes one of 8-bit integers, without training it again: run it once on
+calibration pictures and note the largest value at each place, turn these ranges into scales, round
+weights and biases to integers, then run on integers alone. Read it from top to bottom; the
+run at the end calls what is defined above it in the same order:
+
+    stage       what it does                                          what leaves it
+    pictures    decode and resize                                     uint8   (N, 3, 224, 224)
+    calibrate   FP32 network, an observer at each of 7 places         range   one float a place
+    fold        batch norm into the convolution before it             FP32    weights, biases
+    quantize    scale = largest integer / range                       int8    weights, int32 biases
+    INT8 pass   uint8 x int8 -> int32 sums -> uint8, layer by layer   FP32    logits (N, 2)
+    report      what changed, and by how much                         results/report.json
+
+It is the port of a notebook; the names of its functions and weights are kept. The file opens as a
+notebook too (VS Code, Jupytext).
+"""
+
+# %%
+import ctypes
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchnet.meter as tnt
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Subset
+
+# %% [markdown]
+# ## Constants
+# Edit one and run again. Relative paths start at this file's folder.
+
+# %%
+# what is run, on what
+DATA_DIR = "cat_dog"                     # folder that holds the splits
+CALIBRATION_SPLIT = "val"                # folder in it whose pictures set the ranges; no labels are used for that
+EVALUATION_SPLIT = "val"                 # folder in it whose pictures are counted in the accuracies
+CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights: {"model": state_dict} or the notebook's {"model": CNN_Model}
+OUTPUT_DIR = "results"                   # report.json is written here
+IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
+BATCH_SIZE = 5                           # pictures per step, from 1; changes speed and memory, no result
+NUM_WORKERS = 0                          # processes that decode pictures, from 0; 0: this one decodes
+# the recipe; the notebook's is 8, False, False, 16, True
+BIT = 8                                  # width of the integers for weights and activations, 2 to 8
+PER_CHANNEL = True                       # weight scale: one per output channel, or one per layer (False)
+UNSIGNED_RELU = True                     # pixels and ReLU outputs use 0..255, or half of -127..127 (False)
+BIAS_BIT = 32                            # width of the integers for biases, 2 to 32
+QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
+
+ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KEEP_BYTES = 2**30      # decoded pictures kept from the first pass for the next; beyond it they are decoded again
+
+torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    # glibc returns every big buffer to the system and faults its pages in again at the next layer; keeping
+    # them (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) halves the time of both passes
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+warnings.filterwarnings("ignore", module="PIL")     # a broken picture is reported once, below, in our words
+
+
+class InputError(SystemExit):
+    """Bad input: the program ends with this one line on stderr and exit status 1."""
+
+
+def feature_map(side):
+    """Side of the maps that reach FC1 when a picture's side is given: convolution, then pooling, four times."""
+    for kernel in (5, 5, 3, 3):
+        side = (side - kernel + 1) // 2
+    return side
+
+
+def check_constants():
+    """Print and return the constants; raise InputError at a value that this file cannot run with."""
+    def whole(low, high):
+        return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
+
+    text = lambda value: isinstance(value, str) and value != "", "the name of a file or folder, in quotes"
+    switch = lambda value: isinstance(value, bool), "True or False"
+    size = (lambda value: isinstance(value, tuple) and [type(side) for side in value] == [int, int]
+            and all(feature_map(side) == 11 for side in value)), "(width, height), each from 212 to 227"
+    legal = {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
+             "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(0, 256),
+             "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch, "BIAS_BIT": whole(2, 32),
+             "QUANTIZE_LOGITS": switch}
+    for name, (is_legal, what) in legal.items():
+        if not is_legal(globals()[name]):
+            raise InputError(f"{name} = {globals()[name]!r} in quantize_catdog.py: set it to {what}")
+        print(f"{name} = {globals()[name]!r}")
+    return {name: globals()[name] for name in legal}
+
+
+# %% [markdown]
+# ## Pictures
+# A file becomes uint8 pixels and a label: 0 for cat, 1 for dog. What cannot be used is left out and named.
+
+# %%
+def label_of(name):
+    """Label from a file name's words: 0 cat, 1 dog; None when it says neither or both."""
+    words = {word.rstrip("s") for word in re.findall(r"[a-z]+", name.lower())}
+    return {(True, False): 0, (False, True): 1}.get(("cat" in words, "dog" in words))
+
+
+def decode(path):
+    """Picture file -> uint8 (height, width, 3) of IMAGE_SIZE. Raises what Pillow raises on a broken file.
+
+    Resized with Pillow's default filter (bicubic), as in the notebook. Turned as its EXIF data says; the
+    first frame of an animation; transparent parts on white; 16-bit grey divided by 257 = 65535 / 255.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB").resize(IMAGE_SIZE))
+
+
+class Batch(NamedTuple):
+    pixels: torch.Tensor    # uint8 (n, 3, height, width), channels-last in memory
+    labels: torch.Tensor    # int64 (n,)
+    files: list             # n file names
+
+
+class CatDogDataset(Dataset):
+    """The pictures of one folder, in one fixed order, and those left out with the reason.
+
+    Ordered by the numbers in the name, then by name: cat.0, dog.0, cat.1, ... so that any first few hold both.
+    Raises InputError when the folder is missing or holds no picture that can be used.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.skipped, self.kept = Path(folder), {}, []
+        if not self.folder.is_dir():
+            raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, ... there, "
+                             "or set DATA_DIR and the splits")
+        self.files, self.labels = [], []
+        for name in sorted(os.listdir(self.folder), key=lambda name: ([int(n) for n in re.findall("[0-9]+", name)], name)):
+            label = label_of(name)
+            if label is None:
+                self.skipped[self.folder / name] = "the name says neither cat nor dog, or both"
+            else:
+                self.files.append(name)
+                self.labels.append(label)
+        self.require(len(self.files))
+
+    def require(self, usable):
+        if not usable:
+            reasons = "".join(f", e.g. {path.name}: {reason}" for path, reason in list(self.skipped.items())[:1])
+            raise InputError(f"no usable picture in {self.folder}{reasons}: put pictures named cat.0.jpg, "
+                             "dog.0.jpg, ... there")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        """(pixels, index), or (reason, index) for a picture that cannot be decoded."""
+        try:
+            return decode(self.folder / self.files[index]), index
+        except Exception as error:      # decoders raise nearly every type on broken bytes, none of which is our bug
+            return f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}", index
+
+    def __getitems__(self, indices):
+        """A batch of items at once, decoded on all cores: Pillow lets go of the interpreter while it decodes."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
+    def collate_fn(self, items):
+        good = [(pixels, index) for pixels, index in items if not isinstance(pixels, str)]
+        bad = {self.folder / self.files[index]: reason for reason, index in items if isinstance(reason, str)}
+        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in good])) if good else torch.empty(0, 1, 1, 3)
+        indices = [index for _, index in good]
+        return Batch(pixels.permute(0, 3, 1, 2), torch.tensor([self.labels[i] for i in indices]),
+                     [self.files[i] for i in indices]), bad
+
+    def batches(self):
+        """Yield a Batch at a time; decoded once, as far as KEEP_BYTES reach, however often this is called."""
+        yield from list(self.kept)
+        usable = sum(len(batch.files) for batch in self.kept)
+        rest = Subset(self, range(len(self.kept) * BATCH_SIZE, len(self)))
+        keep = KEEP_BYTES - sum(batch.pixels.nbytes for batch in self.kept)
+        for batch, bad in rest and DataLoader(rest, BATCH_SIZE, num_workers=NUM_WORKERS, collate_fn=self.collate_fn):
+            self.skipped.update(bad)
+            usable += len(batch.files)
+            keep -= batch.pixels.nbytes
+            if keep >= 0:
+                self.kept.append(batch)
+            yield batch
+        self.require(usable)
+
+
+# %% [markdown]
+# ## Arithmetic
+# A real number x is kept as an integer q with x = q / scale. Everything below is symmetric: the integer 0 means 0.0.
+
+# %%
+SMALLEST = 1e-12    # a range below it counts as this: a dead layer divides by no zero
+
+
+class IntRange(NamedTuple):
+    low: int
+    high: int
+    dtype: torch.dtype
+
+
+def int_range(unsigned):
+    """Integers of BIT bits: -127..127 in int8, or 0..255 in uint8 for what is never negative (at BIT = 8)."""
+    if unsigned:
+        return IntRange(0, 2**BIT - 1, torch.uint8)
+    largest = 2**(BIT - 1) - 1
+    return IntRange(-largest, largest, torch.int8)
+
+
+def scale_of(largest_integer, range_data):
+    """Scale that maps range_data, the largest magnitude seen, to the largest integer. FP32, of range_data's shape."""
+    return largest_integer / range_data.clamp(min=SMALLEST)
+
+
+def quantize(x, scale, to):
+    """q = clip(round(x * scale), low, high): FP32 -> the integer type of `to`, an IntRange."""
+    return torch.clip(torch.round(x * scale), to.low, to.high).to(to.dtype)
+
+
+def requantize(sums, bias, multiplier, to):
+    """int32 sums at scale_in * scale_w -> integers at scale_out: q = clip(round(sums * M + bias * M), low, high).
+
+    M = scale_out / (scale_in * scale_w) moves from the one scale to the other. A low of 0 is the ReLU.
+    Product and sum are rounded to FP32 separately: this is what INT8 kernels do.
+    """
+    return (sums * multiplier).add_(bias * multiplier).round_().clip_(to.low, to.high).to(to.dtype)
+
+
+def fusion_conv_bn(conv, bn):
+    """Weight and bias of the one convolution that does what convolution and batch norm do.
+
+    bn(y) = (y - mean) * g + beta with g = gamma / sqrt(var + eps), hence W' = W * g, b' = b * g + (beta - mean * g)
+    (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
+    """
+    bn_gamma = bn.weight / torch.pow(bn.running_var + bn.eps, 0.5)
+    bn_beta = bn.bias - bn.running_mean * bn_gamma
+    return conv.weight * bn_gamma.reshape(-1, 1, 1, 1), conv.bias * bn_gamma + bn_beta
+
+
+def weight_quant(w, b, in_scale):
+    """FP32 weight (out, ...) and bias (out,) -> int8 weight, int32 bias, and the weight's scale, (out,) or (1,).
+
+    Products of inputs and weights carry the scale in_scale * w_scale; so must the bias that is added to them.
+    """
+    to = int_range(unsigned=False)
+    dims = tuple(range(1, w.dim())) if PER_CHANNEL else tuple(range(w.dim()))
+    largest, largest_b = w.abs().amax(dims).reshape(-1), b.abs() if PER_CHANNEL else b.abs().amax().reshape(1)
+    w_scale = scale_of(to.high, largest)
+    # next to weights of nearly 0 a bias would leave int32: then it is the bias that sets the scale
+    w_scale = torch.minimum(w_scale, scale_of(2**30, largest_b * in_scale))
+    wq = quantize(w, w_scale.reshape(-1, *[1] * (w.dim() - 1)), to)
+    b_largest = 2**(BIAS_BIT - 1) - 1
+    bq = quantize(b, w_scale * in_scale, IntRange(-b_largest, b_largest, torch.int32))
+    return wq, bq, w_scale
+
+
+# %% [markdown]
+# ## The FP32 network and its observers
+# Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer sits at each
+# *place*: the input, each ReLU's output, each fully connected layer's output. It remembers the largest magnitude
+# it has seen, `range_<place>`, from which `cl_scale` computes `scale_<place>`.
+
+# %%
+class Layer(NamedTuple):
+    name: str           # of the convolution or fully connected layer
+    bn: str | None      # batch norm, ReLU and pooling behind it
+    relu: str | None
+    pool: str | None
+    source: str         # place that it reads from
+    place: str          # place that it writes to, before pooling
+
+
+LAYERS = [
+    Layer("cnn1", "bn1", "relu1", "maxpool1", "input", "cv1"),
+    Layer("cnn2", "bn2", "relu2", "maxpool2", "cv1", "cv2"),
+    Layer("cnn3", "bn3", "relu3", "maxpool3", "cv2", "cv3"),
+    Layer("cnn4", "bn4", "relu4", "maxpool4", "cv3", "cv4"),
+    Layer("fc1", None, None, None, "cv4", "fc1"),       # no ReLU: the notebook's forward has none here
+    Layer("fc2", None, None, None, "fc1", "fc2"),
+]
+PLACES = ["input"] + [layer.place for layer in LAYERS]
+
+
+def is_unsigned(place):
+    """Whether integers at this place are unsigned: pixels and ReLU outputs are never negative."""
+    return UNSIGNED_RELU and place not in ("fc1", "fc2")
+
+
+class CNN_Model(nn.Module):
+    """The notebook's network in FP32: uint8 or float pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat and dog."""
+
+    def __init__(self):
+        super().__init__()
+        self.cnn1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu1 = nn.ReLU()
+        self.maxpool1 = nn.MaxPool2d(kernel_size=2)
+        self.cnn2 = nn.Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.relu2 = nn.ReLU()
+        self.maxpool2 = nn.MaxPool2d(kernel_size=2)
+        self.cnn3 = nn.Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
+        self.bn3 = nn.BatchNorm2d(16)
+        self.relu3 = nn.ReLU()
+        self.maxpool3 = nn.MaxPool2d(kernel_size=2)
+        self.cnn4 = nn.Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
+        self.bn4 = nn.BatchNorm2d(8)
+        self.relu4 = nn.ReLU()
+        self.maxpool4 = nn.MaxPool2d(kernel_size=2)
+        self.fc1 = nn.Linear(8 * 11 * 11, 512)
+        self.fc2 = nn.Linear(512, 2)
+        self.observing = False                                          # True during calibration alone
+        for place in PLACES:
+            self.register_buffer(f"range_{place}", torch.tensor(0.0))   # largest |value| seen
+            self.register_buffer(f"scale_{place}", torch.tensor(1.0))   # integers per unit of value
+
+    def activations(self, x):
+        """Yield (place, FP32 values) from the input to the logits."""
+        x = x.float()                                           # (N, 3, 224, 224)
+        yield "input", x
+        for layer in LAYERS:
+            if layer.bn:
+                x = getattr(self, layer.name)(x)                # cnn1: (N, 16, 220, 220)
+                x = getattr(self, layer.relu)(getattr(self, layer.bn)(x))
+                yield layer.place, x
+                x = getattr(self, layer.pool)(x)                # cnn1: (N, 16, 110, 110)
+            else:
+                x = getattr(self, layer.name)(x.flatten(1))     # fc1: (N, 968) -> (N, 512)
+                yield layer.place, x
+
+    def forward(self, x):
+        for place, x in self.activations(x):
+            if self.observing:
+                self.update_range(place, x)
+        return x
+
+    def update_range(self, place, data):
+        """The observer: range = max(range, max |data|)."""
+        range_data = getattr(self, f"range_{place}")
+        range_data.copy_(torch.maximum(range_data, data.abs().amax()))
+
+    def fused(self):
+        """A copy whose convolutions have taken in their batch norms; same logits up to rounding."""
+        model = CNN_Model().to(self.fc1.weight.device)
+        model.load_state_dict(self.state_dict())
+        for layer in LAYERS:
+            if layer.bn:
+                conv = getattr(model, layer.name)
+                conv.weight.data, conv.bias.data = fusion_conv_bn(conv, getattr(model, layer.bn))
+                setattr(model, layer.bn, nn.Identity())
+        return model.eval().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def cl_scale(self):
+        """Compute the scales from the ranges, quantize the weights, and return the INT8_Model.
+
+        This model keeps its FP32 weights; only its scale_<place> buffers change.
+        """
+        for place in PLACES:
+            scale = scale_of(int_range(is_unsigned(place)).high, getattr(self, f"range_{place}"))
+            getattr(self, f"scale_{place}").copy_(scale)
+        model, quantized = self.fused(), {}
+        for layer in LAYERS:
+            part = getattr(model, layer.name)
+            quantized[layer.name] = weight_quant(part.weight, part.bias, getattr(model, f"scale_{layer.source}"))
+        return INT8_Model({place: getattr(model, f"scale_{place}") for place in PLACES}, quantized)
+
+
+# %% [markdown]
+# ## The INT8 network
+# The same layers on integers. A layer multiplies and adds integers only; between two layers the sums are brought
+# to the next place's scale by one multiplication per output channel.
+
+# %%
+def max_pool(x):
+    """2 x 2 maximum of integers (n, c, h, w); a last odd row or column is dropped, as by nn.MaxPool2d."""
+    x = x[:, :, :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
+    x = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
+    return torch.maximum(x[:, :, :, 0::2], x[:, :, :, 1::2])
+
+
+class INT8_Model(nn.Module):
+    """The quantized network: uint8 pixels (N, 3, 224, 224) -> FP32 logits (N, 2).
+
+    Buffers: scale_<place> (FP32, one value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32,
+    one value or one per output channel).
+    """
+
+    def __init__(self, scales, quantized):
+        super().__init__()
+        for place, scale in scales.items():
+            self.register_buffer(f"scale_{place}", scale.clone())
+        for name, tensors in quantized.items():
+            self.add_module(name, nn.Module())
+            for key, tensor in zip(("weight", "bias", "w_scale"), tensors):
+                getattr(self, name).register_buffer(key, tensor)
+
+    def largest_sum(self, layer):
+        """Bound on the |sum| of products in a layer: every input at its largest, every sign at its worst. (out,)"""
+        return getattr(self, layer.name).weight.long().abs().flatten(1).sum(1) * int_range(is_unsigned(layer.source)).high
+
+    def accumulator_bits(self, layer):
+        """Bits of the largest possible |accumulator|, the bias included; int32 has 31."""
+        return int((self.largest_sum(layer) + getattr(self, layer.name).bias.long().abs()).max()).bit_length()
+
+    def sums(self, layer, x):
+        """Integer inputs -> sums of products. The one place where floats hold integers.
+
+        Exact: FP32 holds every integer up to 2^24, FP64 up to 2^53. A GPU may compute a convolution by way of
+        a transform that rounds; there FP64 and a last rounding give the integer.
+        """
+        weight = getattr(self, layer.name).weight
+        exact = x.device.type == "cpu" and self.largest_sum(layer).max() < 2**24
+        dtype = torch.float32 if exact else torch.float64
+        if weight.dim() == 4:
+            sums = F.conv2d(x.to(dtype), weight.to(dtype))
+        else:
+            sums = F.linear(x.flatten(1).to(dtype), weight.to(dtype))
+        return sums if exact else sums.round().float()
+
+    def multiplier(self, layer):
+        """M = scale_out / (scale_in * scale_w), (out,) or (1,). scale_out is 1 where the logits stay FP32."""
+        scale_in, w_scale = getattr(self, f"scale_{layer.source}"), getattr(self, layer.name).w_scale
+        scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
+        return scale_out / (scale_in * w_scale)
+
+    @staticmethod
+    def is_fp32(place):
+        return place == "fc2" and not QUANTIZE_LOGITS
+
+    def activations(self, x):
+        """Yield (place, values): uint8 or int8 tensors, and last the FP32 logits or their int8 integers."""
+        x = quantize(x, self.scale_input, int_range(is_unsigned("input")))          # uint8 (N, 3, 224, 224)
+        yield "input", x
+        for layer in LAYERS:
+            shape = (-1, 1, 1) if layer.pool else (-1,)         # one value per output channel, against the sums
+            sums = self.sums(layer, x)                          # int32 values; cnn1: (N, 16, 220, 220)
+            bias, multiplier = getattr(self, layer.name).bias.reshape(shape), self.multiplier(layer).reshape(shape)
+            if self.is_fp32(layer.place):
+                x = sums * multiplier + bias * multiplier       # FP32 (N, 2)
+            else:
+                to = int_range(is_unsigned(layer.place))
+                x = requantize(sums, bias, multiplier, to._replace(low=0) if layer.relu else to)
+            yield layer.place, x                                # uint8; fc1: int8 (N, 512)
+            if layer.pool:
+                x = max_pool(x)                                 # uint8; cnn1: (N, 16, 110, 110)
+
+    def forward(self, x):
+        for _, x in self.activations(x):
+            pass
+        return x if self.is_fp32("fc2") else x / self.scale_fc2
+
+
+# %% [markdown]
+# ## Loading the checkpoint
+# Nothing that a checkpoint brings is executed: torch's safe loader builds tensors and plain values, and, for the
+# notebook's own format, objects of the classes listed here, from which only tensors are read.
+
+# %%
+ALLOWED_CLASSES = [CNN_Model, (CNN_Model, "__main__.CNN_Model"), nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d,
+                   nn.Linear, nn.Softmax]
+
+
+def tensors_of(module):
+    """{name: tensor} of a loaded module, read from its attributes without calling any of its methods."""
+    tensors = {}
+    for kind in ("_parameters", "_buffers"):
+        tensors.update({k: v for k, v in vars(module).get(kind, {}).items() if isinstance(v, torch.Tensor)})
+    for name, part in vars(module).get("_modules", {}).items():
+        tensors.update({f"{name}.{key}": tensor for key, tensor in tensors_of(part).items()})
+    return tensors
+
+
+def load_checkpoint(path):
+    """Read {"model": state_dict or CNN_Model} and return (the names it holds, the FP32 CNN_Model on DEVICE).
+
+    Raises InputError when the file is missing, damaged or unsafe, or when a weight is missing, of another shape,
+    or not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}: put the file there or set CHECKPOINT")
+    try:
+        with torch.serialization.safe_globals(ALLOWED_CLASSES), warnings.catch_warnings(action="ignore"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = saved["model"]
+        saved = tensors_of(saved) if isinstance(saved, CNN_Model) else dict(saved)
+    except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
+        unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
+        reason = (f"holds {unsafe[1]}, which this network does not need; it was not loaded" if unsafe else
+                  f"is damaged or no checkpoint ({type(error).__name__})")
+        raise InputError(f"checkpoint {path} {reason}: give a file with {{'model': state_dict}}") from None
+    model = CNN_Model()
+    needed = {name: value for name, value in model.state_dict().items()
+              if not name.startswith(("range_", "scale_")) and not name.endswith("num_batches_tracked")}
+    for name, value in needed.items():
+        found = saved.get(name)
+        if not isinstance(found, torch.Tensor):
+            problem = "is missing"
+        elif found.shape != value.shape:
+            problem = f"has shape {tuple(found.shape)}, not {tuple(value.shape)}"
+        elif found.layout != torch.strided or not found.is_floating_point():
+            problem = f"is of type {found.dtype}, not floating point"
+        elif not found.isfinite().all():
+            problem = "has a NaN or an infinity in it"
+        elif name.endswith("running_var") and (found < 0).any():
+            problem = "has a negative variance in it"
+        else:
+            continue
+        raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
+    model.load_state_dict({name: saved[name] for name in needed}, strict=False)
+    return list(saved), model.to(DEVICE).eval().to(memory_format=torch.channels_last)
+
+
+# %% [markdown]
+# ## The passes
+# Calibration and evaluation are the same walk over the pictures; during calibration the observers are on.
+
+# %%
+class Outcome(NamedTuple):
+    files: list             # n file names
+    labels: torch.Tensor    # int64 (n,)
+    logits: torch.Tensor    # FP32 (n, 2)
+    ms_per_image: float     # of the network alone, median over the batches
+
+    @property
+    def classes(self):
+        return self.logits.argmax(1)
+
+    @property
+    def correct(self):
+        return int((self.classes == self.labels).sum())
+
+    @property
+    def top1(self):
+        return 100 * self.correct / len(self.labels)
+
+
+@torch.inference_mode()
+def evaluate(name, model, pictures):
+    """Run a model over the pictures, print its Top-1 so far after each batch, and return the Outcome."""
+    meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
+    files, labels, logits, ms = [], [], [], []
+    for i, batch in enumerate(pictures.batches()):
+        if batch.files:
+            inputs = batch.pixels.to(DEVICE)
+            start = time.perf_counter()
+            outputs = model(inputs).cpu()                       # .cpu() waits for a GPU
+            ms.append(1e3 * (time.perf_counter() - start) / len(inputs))
+            meter.add(outputs, batch.labels)
+            files, labels, logits = files + batch.files, labels + [batch.labels], logits + [outputs]
+            print(f"{name} Top1: {meter.value()[0]:.3f}, {i}/{math.ceil(len(pictures) / BATCH_SIZE)}")
+    return Outcome(files, torch.cat(labels), torch.cat(logits), float(np.median(ms)))
+
+
+def calibrate(model, pictures):
+    """The FP32 pass that sets the ranges."""
+    model.observing = True
+    outcome = evaluate("FP32", model, pictures)
+    model.observing = False
+    return outcome
+
+
+@torch.inference_mode()
+def largest_change(model, other, pictures):
+    """Largest |difference| between two models' logits on the first batch of the pictures, and that batch's size."""
+    batch = next(batch for batch in pictures.batches() if batch.files)
+    inputs = batch.pixels.to(DEVICE)
+    return (model(inputs) - other(inputs)).abs().max().item(), len(inputs)
+
+
+# %% [markdown]
+# ## Report
+
+# %%
+def wilson(correct, n, z=1.959964):
+    """95 % Wilson score interval of a share, in percent (Wilson 1927)."""
+    share = correct / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return 100 * (middle - half), 100 * (middle + half)
+
+
+def layer_rows(model, int8_model):
+    """One dict a layer: what quantization made of it."""
+    rows = []
+    for layer in LAYERS:
+        part = getattr(int8_model, layer.name)
+        rows.append({
+            "name": layer.name, "shape": list(part.weight.shape),
+            "range": getattr(model, f"range_{layer.place}").item(),
+            "scale_in": getattr(int8_model, f"scale_{layer.source}").item(),
+            "scale_out": None if int8_model.is_fp32(layer.place) else getattr(int8_model, f"scale_{layer.place}").item(),
+            "weight_scale": part.w_scale.tolist(),
+            "accumulator_bits": int8_model.accumulator_bits(layer)})
+    return rows
+
+
+def print_layers(rows):
+    print("layer  weight shape      range        scale in     scale out    weight scale             |sum| bits")
+    for row in rows:
+        low, high = min(row["weight_scale"]), max(row["weight_scale"])
+        shape = " x ".join(map(str, row["shape"]))
+        out = "FP32" if row["scale_out"] is None else f"{row['scale_out']:.6g}"
+        weights = f"{low:.6g}" + (f" .. {high:.6g}" if high > low else "")
+        print(f"{row['name']:<6} {shape:<17} {row['range']:<12.6g} {row['scale_in']:<12.6g} {out:<12} {weights:<24} "
+              f"{row['accumulator_bits']}")
+
+
+def sizes(model, int8_model):
+    """Bytes of the FP32 parameters, and of the INT8 ones with weights packed at BIT bits."""
+    fp32 = sum(value.numel() * 4 for name, value in model.state_dict().items()
+               if value.is_floating_point() and not name.startswith(("range_", "scale_")))
+    int8 = sum(math.ceil(value.numel() * BIT / 8) if value.dtype == torch.int8 else value.numel() * 4
+               for value in int8_model.state_dict().values())
+    return {"fp32": fp32, "int8": int8}
+
+
+def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes):
+    """Everything the run found out, as plain values for JSON."""
+    def accuracy(outcome):
+        return {"top1": outcome.top1, "correct": outcome.correct, "interval95": wilson(outcome.correct, len(fp32.files)),
+                "ms_per_image": outcome.ms_per_image}
+
+    flips = [{"file": fp32.files[i], "label": ("cat", "dog")[fp32.labels[i]],
+              "fp32_logits": fp32.logits[i].tolist(), "int8_logits": int8.logits[i].tolist()}
+             for i in (fp32.classes != int8.classes).nonzero().flatten().tolist()]
+    noise = (fp32.logits - int8.logits).double().square().sum().item()
+    signal = fp32.logits.double().square().sum().item()
+    return {
+        "constants": constants, "torch": torch.__version__, "device": str(DEVICE),
+        "images": {"evaluated": len(fp32.files), "calibrated": calibrated},
+        "skipped": [{"file": f"{path.parent.name}/{path.name}", "reason": reason} for path, reason in skipped.items()],
+        "fp32": accuracy(fp32), "int8": {"engine": "reference", **accuracy(int8)},
+        "agreement": 1 - len(flips) / len(fp32.files), "flips": flips,
+        "logit_sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None,
+        "layers": rows, "size_bytes": size_bytes}
+
+
+def print_summary(report):
+    n = report["images"]["evaluated"]
+    for name in ("fp32", "int8"):
+        row = report[name]
+        print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
+              f"{row['interval95'][0]:.1f} to {row['interval95'][1]:.1f} %, {row['ms_per_image']:.2f} ms a picture, "
+              f"{report['size_bytes'][name]:,} bytes of parameters")
+    sqnr = report["logit_sqnr_db"]
+    print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {'-' if sqnr is None else f'{sqnr:.1f} dB'}; "
+          f"{len(report['flips'])} of {n} pictures changed their class")
+    for flip in report["flips"]:
+        print(f"  {flip['file']} ({flip['label']}): FP32 cat {flip['fp32_logits'][0]:.3f} dog {flip['fp32_logits'][1]:.3f}"
+              f" -> INT8 cat {flip['int8_logits'][0]:.3f} dog {flip['int8_logits'][1]:.3f}")
+    if report["skipped"]:
+        print(f"{len(report['skipped'])} files left out")
+    for row in report["skipped"]:
+        print(f"  {row['file']}: {row['reason']}")
+
+
+def make_writable(folder):
+    """Make the folder, and raise InputError now rather than after the run when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"probe.{os.getpid()}.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write in {folder}: {error.strerror}; set OUTPUT_DIR") from None
+
+
+def write_report(report, folder):
+    """Write report.json whole or not at all. Raises InputError when the folder cannot be written."""
+    path, temporary = Path(folder) / "report.json", Path(folder) / f"report.json.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; set OUTPUT_DIR") from None
+    return path
+
+
+# %% [markdown]
+# ## The run
+
+# %%
+if __name__ == "__main__":
+    # %% constants, device, version
+    constants = check_constants()
+    make_writable(ROOT / OUTPUT_DIR)
+    print(f"device {DEVICE}, torch {torch.__version__}")
+
+    # %% pictures and labels
+    calibration = evaluation = CatDogDataset(ROOT / DATA_DIR / CALIBRATION_SPLIT)
+    if EVALUATION_SPLIT != CALIBRATION_SPLIT:
+        evaluation = CatDogDataset(ROOT / DATA_DIR / EVALUATION_SPLIT)
+    for pictures in dict.fromkeys([calibration, evaluation]):
+        print(f"{pictures.folder}: {len(pictures)} pictures, {pictures.labels.count(0)} cat and "
+              f"{pictures.labels.count(1)} dog")
+
+    # %% checkpoint and model
+    names, model = load_checkpoint(ROOT / CHECKPOINT)
+    print(f"pretrained_dict:\n dict_keys({names})")
+    print(model)
+
+    # %% FP32 calibration: the observers see every picture
+    fp32 = calibrated = calibrate(model, calibration)
+    for place in PLACES:
+        print(f"range_{place:<6} {getattr(model, f'range_{place}').item():.6g}")
+    if evaluation is not calibration:
+        fp32 = evaluate("FP32", model, evaluation)
+
+    # %% conv + batch-norm folding, proven
+    change, seen = largest_change(model, model.fused(), evaluation)
+    print(f"folding changed a logit by at most {change:.3g}, on {seen} pictures")
+
+    # %% scales, integer weights and biases
+    int8_model = model.cl_scale()
+    rows = layer_rows(model, int8_model)
+    print_layers(rows)
+
+    # %% INT8 inference
+    int8 = evaluate("INT8", int8_model, evaluation)
+
+    # %% summary
+    report = build_report(constants, len(calibrated.files), calibration.skipped | evaluation.skipped, fp32, int8, rows,
+                          sizes(model, int8_model))
+    print_summary(report)
+    print(f"wrote {write_report(report, ROOT / OUTPUT_DIR)}")

@@ -1,0 +1,376 @@
+"""The script as its user meets it: a copy with edited constants is run, on good input and on bad."""
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import oracle
+import quantize_catdog
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "cat_dog" / "val"
+
+
+class Place:
+    """A folder with a copy of the script, a few pictures and the checkpoint."""
+
+    def __init__(self, folder, pictures=6):
+        self.folder, self.val, self.checkpoint = folder, folder / "cat_dog" / "val", folder / "BEST_checkpoint.pth.tar"
+        self.val.mkdir(parents=True)
+        for i in range(pictures // 2):
+            for kind in ("cat", "dog"):
+                shutil.copy(PICTURES / f"{kind}.{i}.jpg", self.val)
+        shutil.copy(ROOT / "BEST_checkpoint.pth.tar", self.checkpoint)
+        shutil.copy(ROOT / "quantize_catdog.py", folder)
+
+    def run(self, **constants):
+        """Edit constants as a user would, run the copy, and return (exit status, stdout, stderr)."""
+        script = self.folder / "quantize_catdog.py"
+        text = (ROOT / "quantize_catdog.py").read_text()
+        for name, value in constants.items():
+            text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", text)
+            assert count == 1, f"{name} is not one assignment on one line"
+        script.write_text(text)
+        # from another folder: relative paths must be taken from the script's
+        done = subprocess.run([sys.executable, script], cwd="/", capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    def report(self, **constants):
+        status, out, err = self.run(**constants)
+        assert (status, err) == (0, ""), err
+        return json.loads((self.folder / "results" / "report.json").read_text()), out
+
+    def refuse(self, *words, **constants):
+        """The run must end with one line that holds the words, status 1, and no report."""
+        status, _, err = self.run(**constants)
+        assert status == 1
+        assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+        for word in words:
+            assert word in err
+        results = self.folder / "results"
+        assert not results.is_dir() or not list(results.iterdir())
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return torch.load(ROOT / "BEST_checkpoint.pth.tar", weights_only=True)["model"]
+
+
+def test_run_end_to_end(place, state):
+    """Figures in report.json and on the terminal against the oracle's."""
+    report, out = place.report(BATCH_SIZE=4)
+    weights = {name: value.numpy() for name, value in state.items()}
+    names = [f"{kind}.{i}.jpg" for i in range(3) for kind in ("cat", "dog")]
+    pixels = np.stack([np.asarray(Image.open(place.val / name).resize((224, 224))) for name in names]).transpose(0, 3, 1, 2)
+    fp32 = oracle.forward(weights, pixels)["fc2"]
+    labels = np.array([0, 1] * 3)
+    correct = int((fp32.argmax(1) == labels).sum())
+    assert report["fp32"]["correct"] == correct and report["fp32"]["top1"] == pytest.approx(100 * correct / 6)
+    lines = re.findall(r"(?m)^(FP32|INT8) Top1: ([\d.]+), (\d+)/(\d+)$", out)
+    assert [(name, i, n) for name, _, i, n in lines] == [(name, str(i), "2") for name in ("FP32", "INT8") for i in (0, 1)]
+    assert float(lines[1][1]) == pytest.approx(100 * correct / 6, abs=1e-3)
+    assert float(lines[3][1]) == pytest.approx(report["int8"]["top1"], abs=1e-3)    # INT8 counted alone
+    assert report["images"] == {"evaluated": 6, "calibrated": 6} and report["skipped"] == []
+    assert report["constants"]["BATCH_SIZE"] == 4 and report["torch"] == torch.__version__
+    assert [row["name"] for row in report["layers"]] == ["cnn1", "cnn2", "cnn3", "cnn4", "fc1", "fc2"]
+    assert report["layers"][-1]["range"] == pytest.approx(np.abs(fp32).max(), rel=1e-4)
+    count = sum(value.size for name, value in weights.items() if not name.endswith("num_batches_tracked"))
+    assert report["size_bytes"]["fp32"] == 4 * count
+    assert 0.24 < report["size_bytes"]["int8"] / report["size_bytes"]["fp32"] < 0.26
+    assert report["logit_sqnr_db"] > 15 and report["int8"]["engine"] == "reference"
+
+
+def test_notebook_recipe_runs_from_edited_constants(place):
+    report, _ = place.report(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True)
+    rows = report["layers"]
+    assert rows[0]["scale_in"] == pytest.approx(127 / 255)
+    assert all(len(row["weight_scale"]) == 1 for row in rows)
+    assert all(row["scale_out"] == pytest.approx(127 / row["range"]) for row in rows)
+
+
+def test_calibration_and_evaluation_on_different_splits(place):
+    """Ranges come from the calibration pictures alone, accuracies from the evaluation pictures alone."""
+    other = place.folder / "cat_dog" / "other"
+    other.mkdir()
+    for i in (3, 4):
+        shutil.copy(PICTURES / f"dog.{i}.jpg", other)
+    both, out = place.report(EVALUATION_SPLIT="other")
+    assert both["images"] == {"evaluated": 2, "calibrated": 6}
+    same, _ = place.report()
+    assert [row["range"] for row in both["layers"]] == [row["range"] for row in same["layers"]]
+    assert len(re.findall("(?m)^FP32 Top1: .*/", out)) == 3       # two batches calibrated, one evaluated
+
+
+def test_pictures_are_decoded_once(tmp_path, monkeypatch):
+    """And memory stays bounded: what does not fit KEEP_BYTES is decoded again, to the same batches."""
+    monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 4)
+    decoded = []
+    decode = quantize_catdog.decode
+    monkeypatch.setattr(quantize_catdog, "decode", lambda path: decoded.append(path.name) or decode(path))
+    pictures = quantize_catdog.CatDogDataset(Place(tmp_path, 10).val)
+    first, second = list(pictures.batches()), list(pictures.batches())
+    assert len(decoded) == 10
+    pictures.kept.clear()
+    monkeypatch.setattr(quantize_catdog, "KEEP_BYTES", 5 * 224 * 224 * 3)
+    third, fourth = list(pictures.batches()), list(pictures.batches())
+    assert len(decoded) == 10 + 10 + 6 and len(pictures.kept) == 1
+    for batches in (second, third, fourth):
+        assert [batch.files for batch in batches] == [batch.files for batch in first]
+        assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches, first))
+
+
+@pytest.mark.parametrize("name, label", [
+    ("cat.0.jpg", 0), ("dog.12.jpg", 1), ("Cat_7.PNG", 0), ("my dogs 3.jpg", 1), ("DOG.jpeg", 1),
+    ("bird.1.jpg", None), ("cat_and_dog.jpg", None), ("catalog.jpg", None), ("hotdog.jpg", None), ("1.jpg", None)])
+def test_label_from_name(name, label):
+    assert quantize_catdog.label_of(name) == label
+
+
+
+def grey(value, size=(8, 6)):
+    return Image.new("L", size, value)
+
+
+@pytest.mark.parametrize("kind, make, expected", [
+    ("L.png", lambda path: grey(77).save(path), (77, 77, 77)),
+    ("P.png", lambda path: Image.new("RGB", (8, 6), (200, 30, 90)).quantize(4).save(path), (200, 30, 90)),
+    ("RGBA.png", lambda path: Image.new("RGBA", (8, 6), (255, 0, 0, 0)).save(path), (255, 255, 255)),
+    ("RGBA-half.png", lambda path: Image.new("RGBA", (8, 6), (255, 0, 0, 128)).save(path), (255, 127, 127)),
+    ("LA.png", lambda path: Image.new("LA", (8, 6), (10, 255)).save(path), (10, 10, 10)),
+    ("P-transparent.png", lambda path: Image.new("P", (8, 6), 0).save(path, transparency=0), (255, 255, 255)),
+    ("CMYK.jpg", lambda path: Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(path), (255, 0, 0)),
+    ("16.png", lambda path: Image.fromarray(np.full((6, 8), 100 * 257, np.uint16)).save(path), (100, 100, 100)),
+    ("16.tif", lambda path: Image.fromarray(np.full((6, 8), 200 * 257, np.uint16)).save(path), (200, 200, 200)),
+    ("1.png", lambda path: Image.new("1", (8, 6), 1).save(path), (255, 255, 255)),
+    ("animated.gif", lambda path: grey(50).save(path, save_all=True, append_images=[grey(200)]), (50, 50, 50)),
+    ("animated.webp", lambda path: grey(50).convert("RGB").save(path, save_all=True, lossless=True, append_images=[
+        grey(200).convert("RGB")]), (50, 50, 50)),
+])
+def test_odd_pictures_are_decoded_as_a_viewer_shows_them(tmp_path, kind, make, expected):
+    make(tmp_path / kind)
+    pixels = quantize_catdog.decode(tmp_path / kind)
+    assert pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - expected).max() <= (4 if kind.endswith("jpg") else 1)
+
+
+def test_picture_is_turned_as_its_exif_says(tmp_path):
+    image = Image.new("RGB", (8, 6), "black")
+    image.paste("white", (0, 0, 4, 6))                      # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # to be turned a quarter clockwise: left becomes top
+    image.save(tmp_path / "cat.png", exif=exif)
+    pixels = quantize_catdog.decode(tmp_path / "cat.png")
+    assert pixels[:60].min() > 200 and pixels[-60:].max() < 50
+
+
+def png_header_that_promises(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(
+        b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_unusable_files_are_left_out_and_named(place):
+    good, _ = place.report()
+    jpeg = (PICTURES / "cat.9.jpg").read_bytes()
+    (place.val / "cat.9.jpg").write_bytes(jpeg[:len(jpeg) // 2])
+    (place.val / "dog.9.jpg").write_text("no picture")
+    (place.val / "cat.10.jpg").write_bytes(b"")
+    (place.val / "dog.10.png").write_bytes(png_header_that_promises(60000, 60000))
+    (place.val / "bird.1.jpg").write_bytes(jpeg)
+    (place.val / "cat-dog.jpg").write_bytes(jpeg)
+    (place.val / "cat.folder").mkdir()
+    (place.val / "dog.link.jpg").symlink_to("nowhere")
+    report, out = place.report(BATCH_SIZE=1)                # a batch may lose all its pictures
+    reasons = {row["file"]: row["reason"] for row in report["skipped"]}
+    assert set(reasons) == {f"val/{name}" for name in (
+        "cat.9.jpg", "dog.9.jpg", "cat.10.jpg", "dog.10.png", "bird.1.jpg", "cat-dog.jpg", "cat.folder", "dog.link.jpg")}
+    assert "truncated" in reasons["val/cat.9.jpg"] and "neither" in reasons["val/bird.1.jpg"]
+    assert "8 files left out" in out and all(name in out for name in reasons)
+    assert report["images"]["evaluated"] == 6 and report["fp32"]["correct"] == good["fp32"]["correct"]
+    for row, expected in zip(report["layers"], good["layers"]):
+        assert row["range"] == pytest.approx(expected["range"], rel=1e-5)
+
+
+def test_no_usable_picture(place):
+    shutil.rmtree(place.val)
+    place.refuse("no folder", "cat_dog/val")
+    place.val.mkdir()
+    place.refuse("no usable picture", "cat_dog/val")
+    (place.val / "cat.0.jpg").write_text("no picture")
+    place.refuse("no usable picture", "cat_dog/val", "cat.0.jpg")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("BIT", 1), ("BIT", 9), ("BIT", 8.0), ("BIT", True), ("BIAS_BIT", 33), ("BIAS_BIT", 1), ("BATCH_SIZE", 0),
+    ("NUM_WORKERS", -1), ("PER_CHANNEL", 1), ("UNSIGNED_RELU", "no"), ("QUANTIZE_LOGITS", None), ("DATA_DIR", ""),
+    ("CHECKPOINT", 3), ("IMAGE_SIZE", (211, 224)), ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224),
+    ("IMAGE_SIZE", (224.0, 224))])
+def test_illegal_constants(monkeypatch, name, value):
+    monkeypatch.setattr(quantize_catdog, name, value)
+    with pytest.raises(SystemExit, match=rf"^{name} = .*quantize_catdog.py.*set it to"):
+        quantize_catdog.check_constants()
+
+
+def test_illegal_constant_ends_the_run(place):
+    place.refuse("BIT = 9", "2 to 8", BIT=9)
+
+
+def test_largest_picture_size_runs(place):
+    report, _ = place.report(IMAGE_SIZE=(227, 212))
+    assert report["constants"]["IMAGE_SIZE"] == [227, 212] and report["images"]["evaluated"] == 6
+
+
+def test_output_folder_that_cannot_be_written(place):
+    (place.folder / "file").write_text("")
+    place.refuse("OUTPUT_DIR", "file", OUTPUT_DIR="file/results")
+
+
+def test_earlier_report_survives_a_refused_run(place):
+    place.report()
+    before = (place.folder / "results" / "report.json").read_bytes()
+    place.checkpoint.unlink()
+    status, _, _ = place.run()
+    assert status == 1 and (place.folder / "results" / "report.json").read_bytes() == before
+    assert [file.name for file in (place.folder / "results").iterdir()] == ["report.json"]
+
+
+# the checkpoint: in this process, since each case needs only the loader
+
+def refused(path, *words):
+    with pytest.raises(quantize_catdog.InputError) as error:
+        quantize_catdog.load_checkpoint(path)
+    message = str(error.value)
+    assert isinstance(error.value, SystemExit) and "\n" not in message      # one line, and exit status 1
+    for word in (*words, str(path)):
+        assert word in message
+
+
+def test_missing_checkpoint_ends_the_run(place):
+    place.checkpoint.unlink()
+    place.refuse("no checkpoint", "BEST_checkpoint.pth.tar", "CHECKPOINT")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, 0.5, 0.999])
+def test_truncated_checkpoint(tmp_path, keep):
+    data = (ROOT / "BEST_checkpoint.pth.tar").read_bytes()
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(data[:keep if isinstance(keep, int) else int(len(data) * keep)])
+    refused(path, "damaged")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("cnn2.weight"), ["cnn2.weight", "missing"]),
+    (lambda s: s.pop("bn4.running_var"), ["bn4.running_var", "missing"]),
+    (lambda s: s.update({"fc1.weight": torch.zeros(512, 100)}), ["fc1.weight", "(512, 100)", "(512, 968)"]),
+    (lambda s: s.update({"fc2.bias": torch.tensor([0.0, math.nan])}), ["fc2.bias", "NaN"]),
+    (lambda s: s.update({"cnn1.bias": torch.full((16,), math.inf)}), ["cnn1.bias", "infinity"]),
+    (lambda s: s.update({"bn1.running_var": torch.full((16,), -1.0)}), ["bn1.running_var", "negative"]),
+    (lambda s: s.update({"cnn1.bias": torch.zeros(16, dtype=torch.int64)}), ["cnn1.bias", "int64"]),
+    (lambda s: s.update({"cnn1.bias": 3}), ["cnn1.bias", "missing"]),
+])
+def test_wrong_weights(tmp_path, state, change, words):
+    changed = dict(state)
+    change(changed)
+    torch.save({"model": changed}, tmp_path / "c.pth.tar")
+    refused(tmp_path / "c.pth.tar", *words)
+
+
+@pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"model": None}, {"model": 3}, "text"])
+def test_file_without_a_model(tmp_path, saved):
+    torch.save(saved, tmp_path / "c.pth.tar")
+    refused(tmp_path / "c.pth.tar", "model")
+
+
+def notebook_model(state):
+    """The notebook's pickled module, whose class lives in __main__, with modules and attributes of its own."""
+    class CNN_Model(torch.nn.Module):
+        pass
+    CNN_Model.__module__, CNN_Model.__qualname__ = "__main__", "CNN_Model"
+    sys.modules["__main__"].CNN_Model = CNN_Model
+    model = CNN_Model()
+    source = quantize_catdog.CNN_Model()
+    source.load_state_dict(state, strict=False)
+    for name, part in source.named_children():
+        model.add_module(name, part)
+    model.relu5, model.output = torch.nn.ReLU(), torch.nn.Softmax(dim=1)
+    model.range_cv1, model.Quantization, model.bit = torch.tensor(1.0), False, 8
+    return model
+
+
+@pytest.fixture
+def main_class():
+    yield
+    vars(sys.modules["__main__"]).pop("CNN_Model", None)
+
+
+def test_notebooks_pickled_module_loads(tmp_path, state, main_class):
+    torch.save({"model": notebook_model(state)}, tmp_path / "c.pth.tar")
+    del sys.modules["__main__"].CNN_Model
+    _, model = quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar")
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items() if value.is_floating_point())
+
+
+def test_pickled_module_with_a_foreign_class_is_refused(tmp_path, state, main_class):
+    model = notebook_model(state)
+    model.extra = torch.nn.Dropout()
+    torch.save({"model": model}, tmp_path / "c.pth.tar")
+    refused(tmp_path / "c.pth.tar", "torch.nn.modules.dropout.Dropout")
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("where", ["model", "beside"])
+def test_hostile_pickle_is_refused_without_running_it(tmp_path, state, where, zipped):
+    hostile = Hostile(tmp_path / "executed")
+    saved = {"model": hostile} if where == "model" else {"model": state, "note": hostile}
+    torch.save(saved, tmp_path / "c.pth.tar", _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / "c.pth.tar", "mkdir")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileExistsError):                    # the pickle does what the test thinks it does
+        (tmp_path / "executed").mkdir()
+        torch.load(tmp_path / "c.pth.tar", weights_only=False)
+
+
+# accuracy
+
+def test_accuracy_on_the_drawings(tmp_path):
+    place = Place(tmp_path, 100)
+    report, _ = place.report()
+    assert report["images"]["evaluated"] == 100
+    assert 95 <= report["fp32"]["top1"] <= 99.9
+
+
+@pytest.mark.skipif("CATDOG_PHOTOS" not in os.environ, reason="CATDOG_PHOTOS names no folder of photographs")
+def test_accuracy_on_photographs(tmp_path):
+    photos = Path(os.environ["CATDOG_PHOTOS"]).resolve()
+    place = Place(tmp_path)
+    report, _ = place.report(DATA_DIR=str(photos.parent), CALIBRATION_SPLIT=photos.name, EVALUATION_SPLIT=photos.name,
+                             BATCH_SIZE=20)
+    assert report["fp32"]["top1"] >= 89
+    assert abs(report["fp32"]["top1"] - report["int8"]["top1"]) <= 0.3
+    assert report["agreement"] >= 0.99

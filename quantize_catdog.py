@@ -60,6 +60,9 @@ PER_CHANNEL = True                       # weight scale: one per output channel,
 UNSIGNED_RELU = True                     # pixels and ReLU outputs use 0..255, or half of -127..127 (False)
 BIAS_BIT = 32                            # width of the integers for biases, 2 to 32
 QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
+# how the INT8 pass is executed: "onednn", torch's INT8 kernels; "reference", float arithmetic on integers, on any
+# device; "auto", the kernels where they run and agree with the reference
+INT8_ENGINE = "auto"
 
 ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,10 +97,11 @@ def check_constants():
     switch = lambda value: isinstance(value, bool), "True or False"
     size = (lambda value: isinstance(value, tuple) and [type(side) for side in value] == [int, int]
             and all(feature_map(side) == 11 for side in value)), "(width, height), each from 212 to 227"
+    engine = lambda value: value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
     legal = {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
              "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(0, 256),
              "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch, "BIAS_BIT": whole(2, 32),
-             "QUANTIZE_LOGITS": switch}
+             "QUANTIZE_LOGITS": switch, "INT8_ENGINE": engine}
     for name, (is_legal, what) in legal.items():
         if not is_legal(globals()[name]):
             raise InputError(f"{name} = {globals()[name]!r} in quantize_catdog.py: set it to {what}")
@@ -270,8 +274,8 @@ def weight_quant(w, b, in_scale):
     w_scale = torch.minimum(w_scale, scale_of(2**30, largest_b * in_scale))
     wq = quantize(w, w_scale.reshape(-1, *[1] * (w.dim() - 1)), to)
     b_largest = 2**(BIAS_BIT - 1) - 1
-    bq = quantize(b, w_scale * in_scale, IntRange(-b_largest, b_largest, torch.int32))
-    return wq, bq, w_scale
+    bq = torch.round(b * (w_scale * in_scale)).double().clip(-b_largest, b_largest)     # FP32 cannot hold b_largest
+    return wq, bq.to(torch.int32), w_scale
 
 
 # %% [markdown]
@@ -399,15 +403,41 @@ def max_pool(x):
     return torch.maximum(x[:, :, :, 0::2], x[:, :, :, 1::2])
 
 
+def pack(weight, multiplier, bias):
+    """int8 weight, FP32 multiplier and bias*M, each (out,) -> what torch's INT8 kernels take, for `kernel`."""
+    if weight.dim() == 4:
+        packed = torch.ops.onednn.qconv_prepack(weight, multiplier, 1.0, 0, [1, 1], [0, 0], [1, 1], 1)
+    else:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    return packed, multiplier, torch.zeros_like(multiplier, dtype=torch.int32), bias
+
+
+def kernel(x, packed, dtype, relu):
+    """One layer in one kernel: int32 sums * M + bias, ReLU, rounded and saturated to `dtype`.
+
+    The scale of the input is passed as 1 and M in the place of the weight's, so that the kernel computes what
+    `requantize` does, bit for bit.
+    """
+    weight, multiplier, zero, bias = packed
+    if x.dim() == 4:                                        # convolutions take uint8 alone; nothing here is negative
+        return torch.ops.onednn.qconv2d_pointwise(
+            x.view(torch.uint8), 1.0, 0, weight, multiplier, zero, bias, [1, 1], [0, 0], [1, 1], 1, 1.0, 0, dtype,
+            "relu" if relu else "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, weight, multiplier, zero, bias, 1.0, 0, dtype, "relu" if relu else "none", [], "")
+
+
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, 224, 224) -> FP32 logits (N, 2).
 
     Buffers: scale_<place> (FP32, one value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32,
-    one value or one per output channel).
+    one value or one per output channel). Two executors give the same integers: `reference`, the definition, and
+    `onednn`, after `use_kernels`.
     """
 
     def __init__(self, scales, quantized):
         super().__init__()
+        self.engine, self.packed = "reference", {}
         for place, scale in scales.items():
             self.register_buffer(f"scale_{place}", scale.clone())
         for name, tensors in quantized.items():
@@ -423,6 +453,16 @@ class INT8_Model(nn.Module):
         """Bits of the largest possible |accumulator|, the bias included; int32 has 31."""
         return int((self.largest_sum(layer) + getattr(self, layer.name).bias.long().abs()).max()).bit_length()
 
+    def multiplier(self, layer):
+        """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where the logits stay FP32."""
+        scale_in, part = getattr(self, f"scale_{layer.source}"), getattr(self, layer.name)
+        scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
+        return (scale_out / (scale_in * part.w_scale)).expand(part.bias.shape).contiguous()
+
+    @staticmethod
+    def is_fp32(place):
+        return place == "fc2" and not QUANTIZE_LOGITS
+
     def sums(self, layer, x):
         """Integer inputs -> sums of products. The one place where floats hold integers.
 
@@ -435,33 +475,45 @@ class INT8_Model(nn.Module):
         if weight.dim() == 4:
             sums = F.conv2d(x.to(dtype), weight.to(dtype))
         else:
-            sums = F.linear(x.flatten(1).to(dtype), weight.to(dtype))
+            sums = F.linear(x.to(dtype), weight.to(dtype))
         return sums if exact else sums.round().float()
 
-    def multiplier(self, layer):
-        """M = scale_out / (scale_in * scale_w), (out,) or (1,). scale_out is 1 where the logits stay FP32."""
-        scale_in, w_scale = getattr(self, f"scale_{layer.source}"), getattr(self, layer.name).w_scale
-        scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
-        return scale_out / (scale_in * w_scale)
+    def reference(self, layer, x):
+        """Integers of one place -> integers of the next before pooling, or logits, in the arithmetic's definition."""
+        sums = self.sums(layer, x)                                          # cnn1: (N, 16, 220, 220)
+        shape = (-1, *[1] * (sums.dim() - 2))                               # one value per output channel
+        bias, multiplier = getattr(self, layer.name).bias.reshape(shape), self.multiplier(layer).reshape(shape)
+        if self.is_fp32(layer.place):
+            return sums * multiplier + bias * multiplier                    # FP32 (N, 2)
+        to = int_range(is_unsigned(layer.place))
+        return requantize(sums, bias, multiplier, to._replace(low=0) if layer.relu else to)
 
-    @staticmethod
-    def is_fp32(place):
-        return place == "fc2" and not QUANTIZE_LOGITS
+    def onednn(self, layer, x):
+        """The same in one INT8 kernel. Its output saturates at 8 bits; narrower integers are clipped after it."""
+        if self.is_fp32(layer.place):
+            return kernel(x, self.packed[layer.name], torch.float32, relu=False)
+        to = int_range(is_unsigned(layer.place))
+        if layer.relu:
+            x = kernel(x, self.packed[layer.name], torch.uint8, relu=True)
+            return x if to.high == 255 else x.clip_(max=to.high).view(to.dtype)
+        return kernel(x, self.packed[layer.name], torch.int8, relu=False).clip_(to.low, to.high)
+
+    def use_kernels(self):
+        """Switch to `onednn`. Raises RuntimeError or AttributeError where torch has no such kernels."""
+        for layer in LAYERS:
+            part, multiplier = getattr(self, layer.name), self.multiplier(layer)
+            self.packed[layer.name] = pack(part.weight, multiplier, part.bias * multiplier)
+        self.engine = "onednn"
 
     def activations(self, x):
         """Yield (place, values): uint8 or int8 tensors, and last the FP32 logits or their int8 integers."""
-        x = quantize(x, self.scale_input, int_range(is_unsigned("input")))          # uint8 (N, 3, 224, 224)
-        yield "input", x
+        if not (x.dtype == torch.uint8 and is_unsigned("input") and BIT == 8 and self.scale_input == 1):
+            x = quantize(x, self.scale_input, int_range(is_unsigned("input")))
+        yield "input", x                                        # uint8 (N, 3, 224, 224)
+        execute = self.onednn if self.engine == "onednn" else self.reference
         for layer in LAYERS:
-            shape = (-1, 1, 1) if layer.pool else (-1,)         # one value per output channel, against the sums
-            sums = self.sums(layer, x)                          # int32 values; cnn1: (N, 16, 220, 220)
-            bias, multiplier = getattr(self, layer.name).bias.reshape(shape), self.multiplier(layer).reshape(shape)
-            if self.is_fp32(layer.place):
-                x = sums * multiplier + bias * multiplier       # FP32 (N, 2)
-            else:
-                to = int_range(is_unsigned(layer.place))
-                x = requantize(sums, bias, multiplier, to._replace(low=0) if layer.relu else to)
-            yield layer.place, x                                # uint8; fc1: int8 (N, 512)
+            x = execute(layer, x if layer.pool else x.flatten(1))
+            yield layer.place, x                                # uint8; cnn1: (N, 16, 220, 220); fc1: int8 (N, 512)
             if layer.pool:
                 x = max_pool(x)                                 # uint8; cnn1: (N, 16, 110, 110)
 
@@ -581,12 +633,62 @@ def calibrate(model, pictures):
     return outcome
 
 
+def sample(pictures, count=20):
+    """Pixels of the first pictures, at most `count`, on DEVICE, to prove a transformation on."""
+    pixels = []
+    for batch in pictures.batches():
+        if batch.files:
+            pixels.append(batch.pixels)
+        if sum(map(len, pixels)) >= count:
+            break
+    return torch.cat(pixels)[:count].to(DEVICE)
+
+
 @torch.inference_mode()
-def largest_change(model, other, pictures):
-    """Largest |difference| between two models' logits on the first batch of the pictures, and that batch's size."""
-    batch = next(batch for batch in pictures.batches() if batch.files)
-    inputs = batch.pixels.to(DEVICE)
-    return (model(inputs) - other(inputs)).abs().max().item(), len(inputs)
+def largest_change(model, other, pixels):
+    """Largest |difference| between two models' logits."""
+    return (model(pixels) - other(pixels)).abs().max().item()
+
+
+def kernels_saturate():
+    """Whether this CPU adds pairs of products in 16 bits, as x86 without VNNI does: 2 * 255 * 127 overflows them."""
+    pixels, one, none = torch.full((1, 16, 9, 9), 255, dtype=torch.uint8), torch.ones(16), torch.zeros(16)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    sums = kernel(pixels, pack(weight, one, none), torch.float32, relu=False)
+    sums_fc = kernel(pixels.flatten(1)[:, :144], pack(weight.flatten(1), one, none), torch.float32, relu=False)
+    return bool((sums != 144 * 255 * 127).any() or (sums_fc != 144 * 255 * 127).any())
+
+
+@torch.inference_mode()
+def choose_engine(int8_model, pixels):
+    """Set int8_model to the executor of INT8_ENGINE, and compare both executors, every value at every place.
+
+    Returns {"compared": values, "different": values, "why": a sentence}. Raises InputError where "onednn" is
+    forced and cannot run.
+    """
+    exact = {"compared": 0, "different": 0, "why": "the reference is forced by INT8_ENGINE"}
+    if INT8_ENGINE == "reference":
+        return exact
+    expected = list(int8_model.activations(pixels))
+    try:
+        saturates = kernels_saturate()
+        int8_model.use_kernels()
+        for (_, x), (_, y) in zip(expected, int8_model.activations(pixels)):
+            exact["compared"] += x.numel()
+            exact["different"] += int((x != y).sum())
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        if INT8_ENGINE == "onednn":
+            raise InputError('INT8_ENGINE = "onednn": this torch or device has no such kernels '
+                             f'({" ".join(str(error).split())[:100]}); set it to "auto"') from None
+        saturates, exact["why"] = None, "this torch or device has no INT8 kernels"
+    if saturates is not None:
+        exact["why"] = ("the kernels saturate on this CPU, which has no VNNI" if saturates else
+                        "the kernels differ from the reference" if exact["different"] else
+                        "the kernels agree with the reference")
+    if INT8_ENGINE == "auto" and (saturates is not False or exact["different"]):
+        int8_model.engine = "reference"
+    return exact
 
 
 # %% [markdown]
@@ -636,7 +738,7 @@ def sizes(model, int8_model):
     return {"fp32": fp32, "int8": int8}
 
 
-def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes):
+def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes, engine, exact):
     """Everything the run found out, as plain values for JSON."""
     def accuracy(outcome):
         return {"top1": outcome.top1, "correct": outcome.correct, "interval95": wilson(outcome.correct, len(fp32.files)),
@@ -651,7 +753,8 @@ def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes):
         "constants": constants, "torch": torch.__version__, "device": str(DEVICE),
         "images": {"evaluated": len(fp32.files), "calibrated": calibrated},
         "skipped": [{"file": f"{path.parent.name}/{path.name}", "reason": reason} for path, reason in skipped.items()],
-        "fp32": accuracy(fp32), "int8": {"engine": "reference", **accuracy(int8)},
+        "fp32": accuracy(fp32), "int8": {"engine": engine, **accuracy(int8)},
+        "speedup": fp32.ms_per_image / int8.ms_per_image, "exact": exact,
         "agreement": 1 - len(flips) / len(fp32.files), "flips": flips,
         "logit_sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None,
         "layers": rows, "size_bytes": size_bytes}
@@ -729,19 +832,25 @@ if __name__ == "__main__":
         fp32 = evaluate("FP32", model, evaluation)
 
     # %% conv + batch-norm folding, proven
-    change, seen = largest_change(model, model.fused(), evaluation)
-    print(f"folding changed a logit by at most {change:.3g}, on {seen} pictures")
+    pixels = sample(evaluation)
+    change = largest_change(model, model.fused(), pixels)
+    print(f"folding changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
 
     # %% scales, integer weights and biases
     int8_model = model.cl_scale()
     rows = layer_rows(model, int8_model)
     print_layers(rows)
 
+    # %% the two executors, compared
+    exact = choose_engine(int8_model, pixels)
+    print(f"INT8 engine {int8_model.engine}: {exact['why']}; {exact['compared']:,} values compared on {len(pixels)} "
+          f"pictures, {exact['different']:,} differ")
+
     # %% INT8 inference
     int8 = evaluate("INT8", int8_model, evaluation)
 
     # %% summary
     report = build_report(constants, len(calibrated.files), calibration.skipped | evaluation.skipped, fp32, int8, rows,
-                          sizes(model, int8_model))
+                          sizes(model, int8_model), int8_model.engine, exact)
     print_summary(report)
     print(f"wrote {write_report(report, ROOT / OUTPUT_DIR)}")

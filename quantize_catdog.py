@@ -60,9 +60,7 @@ PER_CHANNEL = True                       # weight scale: one per output channel,
 UNSIGNED_RELU = True                     # pixels and ReLU outputs use 0..255, or half of -127..127 (False)
 BIAS_BIT = 32                            # width of the integers for biases, 2 to 32
 QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
-# how the INT8 pass is executed: "onednn", torch's INT8 kernels; "reference", float arithmetic on integers, on any
-# device; "auto", the kernels where they run and agree with the reference
-INT8_ENGINE = "auto"
+INT8_ENGINE = "auto"                     # "onednn": INT8 kernels; "reference": the definition; "auto": whichever is right
 
 ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,7 +149,7 @@ class CatDogDataset(Dataset):
 
     def __init__(self, folder):
         self.folder, self.skipped, self.kept = Path(folder), {}, []
-        if not self.folder.is_dir():
+        if not self.folder.is_dir() or not os.access(self.folder, os.R_OK):
             raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, ... there, "
                              "or set DATA_DIR and the splits")
         self.files, self.labels = [], []
@@ -196,10 +194,12 @@ class CatDogDataset(Dataset):
     def batches(self):
         """Yield a Batch at a time; decoded once, as far as KEEP_BYTES reach, however often this is called."""
         yield from list(self.kept)
-        usable = sum(len(batch.files) for batch in self.kept)
         rest = Subset(self, range(len(self.kept) * BATCH_SIZE, len(self)))
+        if len(rest) == 0:
+            return
+        usable = sum(len(batch.files) for batch in self.kept)
         keep = KEEP_BYTES - sum(batch.pixels.nbytes for batch in self.kept)
-        for batch, bad in rest and DataLoader(rest, BATCH_SIZE, num_workers=NUM_WORKERS, collate_fn=self.collate_fn):
+        for batch, bad in DataLoader(rest, BATCH_SIZE, num_workers=NUM_WORKERS, collate_fn=self.collate_fn):
             self.skipped.update(bad)
             usable += len(batch.files)
             keep -= batch.pixels.nbytes
@@ -427,6 +427,16 @@ def kernel(x, packed, dtype, relu):
         x, 1.0, 0, weight, multiplier, zero, bias, 1.0, 0, dtype, "relu" if relu else "none", [], "")
 
 
+def kernels_saturate():
+    """Whether this CPU adds pairs of products in 16 bits, as x86 without VNNI does: 2 * 255 * 127 overflows them."""
+    pixels, one, none = torch.full((1, 16, 9, 9), 255, dtype=torch.uint8), torch.ones(16), torch.zeros(16)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    sums = kernel(pixels, pack(weight, one, none), torch.float32, relu=False)
+    sums_fc = kernel(pixels.flatten(1)[:, :144], pack(weight.flatten(1), one, none), torch.float32, relu=False)
+    return bool((sums != 144 * 255 * 127).any() or (sums_fc != 144 * 255 * 127).any())
+
+
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, 224, 224) -> FP32 logits (N, 2).
 
@@ -593,19 +603,12 @@ class Outcome(NamedTuple):
     files: list             # n file names
     labels: torch.Tensor    # int64 (n,)
     logits: torch.Tensor    # FP32 (n, 2)
+    top1: float             # percent
     ms_per_image: float     # of the network alone, median over the batches
 
     @property
     def classes(self):
         return self.logits.argmax(1)
-
-    @property
-    def correct(self):
-        return int((self.classes == self.labels).sum())
-
-    @property
-    def top1(self):
-        return 100 * self.correct / len(self.labels)
 
 
 @torch.inference_mode()
@@ -614,15 +617,17 @@ def evaluate(name, model, pictures):
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
     files, labels, logits, ms = [], [], [], []
     for i, batch in enumerate(pictures.batches()):
-        if batch.files:
+        if batch.files:                                         # a batch may have lost all its pictures
             inputs = batch.pixels.to(DEVICE)
             start = time.perf_counter()
             outputs = model(inputs).cpu()                       # .cpu() waits for a GPU
             ms.append(1e3 * (time.perf_counter() - start) / len(inputs))
             meter.add(outputs, batch.labels)
-            files, labels, logits = files + batch.files, labels + [batch.labels], logits + [outputs]
+            files.extend(batch.files)
+            labels.append(batch.labels)
+            logits.append(outputs)
             print(f"{name} Top1: {meter.value()[0]:.3f}, {i}/{math.ceil(len(pictures) / BATCH_SIZE)}")
-    return Outcome(files, torch.cat(labels), torch.cat(logits), float(np.median(ms)))
+    return Outcome(files, torch.cat(labels), torch.cat(logits), meter.value()[0], float(np.median(ms)))
 
 
 def calibrate(model, pictures):
@@ -650,44 +655,31 @@ def largest_change(model, other, pixels):
     return (model(pixels) - other(pixels)).abs().max().item()
 
 
-def kernels_saturate():
-    """Whether this CPU adds pairs of products in 16 bits, as x86 without VNNI does: 2 * 255 * 127 overflows them."""
-    pixels, one, none = torch.full((1, 16, 9, 9), 255, dtype=torch.uint8), torch.ones(16), torch.zeros(16)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
-    sums = kernel(pixels, pack(weight, one, none), torch.float32, relu=False)
-    sums_fc = kernel(pixels.flatten(1)[:, :144], pack(weight.flatten(1), one, none), torch.float32, relu=False)
-    return bool((sums != 144 * 255 * 127).any() or (sums_fc != 144 * 255 * 127).any())
-
-
 @torch.inference_mode()
 def choose_engine(int8_model, pixels):
-    """Set int8_model to the executor of INT8_ENGINE, and compare both executors, every value at every place.
+    """Set int8_model to the executor that INT8_ENGINE asks for, after comparing both, every value at every place.
 
     Returns {"compared": values, "different": values, "why": a sentence}. Raises InputError where "onednn" is
     forced and cannot run.
     """
-    exact = {"compared": 0, "different": 0, "why": "the reference is forced by INT8_ENGINE"}
+    exact = {"compared": 0, "different": 0, "why": "forced by INT8_ENGINE"}
     if INT8_ENGINE == "reference":
         return exact
     expected = list(int8_model.activations(pixels))
     try:
-        saturates = kernels_saturate()
         int8_model.use_kernels()
         for (_, x), (_, y) in zip(expected, int8_model.activations(pixels)):
             exact["compared"] += x.numel()
             exact["different"] += int((x != y).sum())
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        exact["why"] = ("this CPU's kernels add pairs of products in 16 bits" if kernels_saturate() else
+                        "this CPU's kernels give other integers" if exact["different"] else None)
+    except (RuntimeError, AttributeError) as error:             # another device, or a torch without them
+        exact["why"] = f"no INT8 kernels here ({' '.join(str(error).split())[:80]})"
         if INT8_ENGINE == "onednn":
-            raise InputError('INT8_ENGINE = "onednn": this torch or device has no such kernels '
-                             f'({" ".join(str(error).split())[:100]}); set it to "auto"') from None
-        saturates, exact["why"] = None, "this torch or device has no INT8 kernels"
-    if saturates is not None:
-        exact["why"] = ("the kernels saturate on this CPU, which has no VNNI" if saturates else
-                        "the kernels differ from the reference" if exact["different"] else
-                        "the kernels agree with the reference")
-    if INT8_ENGINE == "auto" and (saturates is not False or exact["different"]):
+            raise InputError(f'INT8_ENGINE = "onednn": {exact["why"]}; set it to "auto"') from None
+    if exact["why"] and INT8_ENGINE == "auto":
         int8_model.engine = "reference"
+    exact["why"] = exact["why"] or "its kernels agree with the reference"
     return exact
 
 
@@ -741,7 +733,8 @@ def sizes(model, int8_model):
 def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes, engine, exact):
     """Everything the run found out, as plain values for JSON."""
     def accuracy(outcome):
-        return {"top1": outcome.top1, "correct": outcome.correct, "interval95": wilson(outcome.correct, len(fp32.files)),
+        correct = round(outcome.top1 / 100 * len(outcome.files))
+        return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
                 "ms_per_image": outcome.ms_per_image}
 
     flips = [{"file": fp32.files[i], "label": ("cat", "dog")[fp32.labels[i]],

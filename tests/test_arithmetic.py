@@ -643,6 +643,12 @@ def test_bias_bit():
             np.testing.assert_array_equal(cut[layer.name][0], wide[layer.name][0])
 
 
+def test_bias_is_clipped_to_the_integer_that_fp32_cannot_hold(monkeypatch):
+    monkeypatch.setattr(script, "BIAS_BIT", 28)
+    bias = script.weight_quant(torch.full((2, 4), 1e-9), torch.tensor([0.5, -0.5]), torch.tensor(1.0))[1]
+    assert bias.tolist() == [2**27 - 1, 1 - 2**27]
+
+
 def test_quantize_logits(calibrated):
     rounded, real = quantized(calibrated, quantize_logits=True), quantized(calibrated)
     scale = rounded.int8.scale_fc2.cpu()

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import struct
@@ -34,7 +35,7 @@ class Place:
         shutil.copy(ROOT / "BEST_checkpoint.pth.tar", self.checkpoint)
         shutil.copy(ROOT / "quantize_catdog.py", folder)
 
-    def run(self, **constants):
+    def run(self, environment=None, **constants):
         """Edit constants as a user would, run the copy, and return (exit status, stdout, stderr)."""
         script = self.folder / "quantize_catdog.py"
         text = (ROOT / "quantize_catdog.py").read_text()
@@ -43,7 +44,8 @@ class Place:
             assert count == 1, f"{name} is not one assignment on one line"
         script.write_text(text)
         # from another folder: relative paths must be taken from the script's
-        done = subprocess.run([sys.executable, script], cwd="/", capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, script], cwd="/", capture_output=True, text=True, timeout=300,
+                              env={**os.environ, **(environment or {})})
         return done.returncode, done.stdout, done.stderr
 
     def report(self, **constants):
@@ -93,7 +95,76 @@ def test_run_end_to_end(place, state):
     count = sum(value.size for name, value in weights.items() if not name.endswith("num_batches_tracked"))
     assert report["size_bytes"]["fp32"] == 4 * count
     assert 0.24 < report["size_bytes"]["int8"] / report["size_bytes"]["fp32"] < 0.26
-    assert report["logit_sqnr_db"] > 15 and report["int8"]["engine"] == "reference"
+    assert report["logit_sqnr_db"] > 15
+    assert report["speedup"] == pytest.approx(report["fp32"]["ms_per_image"] / report["int8"]["ms_per_image"])
+
+
+# values of a picture at all places: pixels, four convolutions' outputs, fc1, fc2
+VALUES = 3 * 224**2 + 16 * 220**2 + 32 * 106**2 + 16 * 51**2 + 8 * 23**2 + 512 + 2
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the INT8 kernels need a CPU with VNNI")
+def test_kernels_are_proven_and_taken(place):
+    report, out = place.report()
+    assert report["int8"]["engine"] == "onednn"
+    assert report["exact"]["compared"] == 6 * VALUES and report["exact"]["different"] == 0
+    assert f"INT8 engine onednn: its kernels agree with the reference; {6 * VALUES:,} values" in out
+
+
+def test_reference_can_be_forced(place):
+    report, _ = place.report(INT8_ENGINE="reference")
+    assert report["int8"]["engine"] == "reference" and report["exact"]["compared"] == 0
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone has CPUs that saturate")
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_kernels_that_saturate_are_noticed(place, isa):
+    """The answers are those of any other machine, by way of the reference."""
+    usual, _ = place.report(INT8_ENGINE="reference")
+    report, out = place.report(environment={"ONEDNN_MAX_CPU_ISA": isa})
+    assert report["int8"]["engine"] == "reference" and "16 bits" in report["exact"]["why"] in out
+    assert report["int8"]["correct"] == usual["int8"]["correct"]
+    forced, _ = place.report(environment={"ONEDNN_MAX_CPU_ISA": isa}, INT8_ENGINE="onednn")
+    assert forced["int8"]["engine"] == "onednn" and forced["exact"]["different"] > 0
+
+
+def quantized(state):
+    model = quantize_catdog.CNN_Model().eval()
+    model.load_state_dict(state, strict=False)
+    model.observing = True
+    pixels = torch.from_numpy(np.stack([quantize_catdog.decode(PICTURES / "cat.0.jpg")])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        model(pixels)
+    return model.cl_scale(), pixels
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the INT8 kernels need a CPU with VNNI")
+def test_a_single_different_value_is_noticed(monkeypatch, state):
+    int8, pixels = quantized(state)
+    kernel = quantize_catdog.kernel
+
+    def off_by_one(x, packed, dtype, relu):
+        out = kernel(x, packed, dtype, relu)
+        if out.shape[1:] == (8, 23, 23):                    # cnn4
+            out[0, 0, 0, 0] += 1
+        return out
+    assert quantize_catdog.choose_engine(int8, pixels)["different"] == 0 and int8.engine == "onednn"
+    int8.engine = "reference"
+    monkeypatch.setattr(quantize_catdog, "kernel", off_by_one)
+    assert quantize_catdog.choose_engine(int8, pixels)["different"] >= 1 and int8.engine == "reference"
+
+
+def test_missing_kernels(monkeypatch, state):
+    int8, pixels = quantized(state)
+
+    def missing(*_):
+        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qconv_prepack'")
+    monkeypatch.setattr(quantize_catdog, "pack", missing)
+    exact = quantize_catdog.choose_engine(int8, pixels)
+    assert int8.engine == "reference" and "no INT8 kernels" in exact["why"] and exact["compared"] == 0
+    monkeypatch.setattr(quantize_catdog, "INT8_ENGINE", "onednn")
+    with pytest.raises(SystemExit, match='INT8_ENGINE = "onednn".*set it to "auto"'):
+        quantize_catdog.choose_engine(int8, pixels)
 
 
 def test_notebook_recipe_runs_from_edited_constants(place):
@@ -219,7 +290,7 @@ def test_no_usable_picture(place):
 
 @pytest.mark.parametrize("name, value", [
     ("BIT", 1), ("BIT", 9), ("BIT", 8.0), ("BIT", True), ("BIAS_BIT", 33), ("BIAS_BIT", 1), ("BATCH_SIZE", 0),
-    ("NUM_WORKERS", -1), ("PER_CHANNEL", 1), ("UNSIGNED_RELU", "no"), ("QUANTIZE_LOGITS", None), ("DATA_DIR", ""),
+    ("NUM_WORKERS", -1), ("PER_CHANNEL", 1), ("UNSIGNED_RELU", "no"), ("QUANTIZE_LOGITS", None), ("INT8_ENGINE", "fast"), ("DATA_DIR", ""),
     ("CHECKPOINT", 3), ("IMAGE_SIZE", (211, 224)), ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224),
     ("IMAGE_SIZE", (224.0, 224))])
 def test_illegal_constants(monkeypatch, name, value):

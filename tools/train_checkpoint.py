@@ -24,6 +24,7 @@ import os
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from draw_cat_dog import draw
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 SIZE = 224
 PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels alike
 TRAINING_SEEDS = 1_000_000_000          # drawings of the training set start at this seed
@@ -89,20 +91,23 @@ def build_cache(folder, photos, drawn):
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for source in photos:
-        cached = folder / f"{Path(source).stem}.npz"
+        cached = folder / f"{Path(source).stem}-{zlib.crc32(str(Path(source).resolve()).encode()):08x}.npz"
         if not cached.exists():
             pixels, labels = [], []
             for name, data in photographs(source):
                 word = name.lower()
                 if word.startswith(("cat", "dog")):
-                    pixels.append(to_pixels(Image.open(io.BytesIO(data))))
+                    try:
+                        pixels.append(to_pixels(Image.open(io.BytesIO(data))))
+                    except OSError as error:
+                        print(f"left out {source}: {name}: {error}")
+                        continue
                     labels.append(int(word.startswith("dog")))
                 if len(labels) % 500 == 0:
                     print(f"decoding {source}: {len(labels)}", end="\r", flush=True)
             write_npz(cached, pixels, labels)
         parts.append((*read_npz(cached), True))
     if drawn:
-        from draw_cat_dog import draw
         cached = folder / f"drawn-{drawn}.npz"
         if not cached.exists():
             pixels, labels = [], []
@@ -211,6 +216,9 @@ def main():
     args = parser.parse_args()
     if not args.photos and not args.drawn:
         parser.error("nothing to train on: give --photos, --drawn or both")
+    for source in args.photos:
+        if not Path(source).exists():
+            parser.error(f"--photos: no folder or tar file {source}")
 
     # glibc hands big buffers back to the system after each use and faults their pages in again at the
     # next; keeping them (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) more than halves the time of a step
@@ -241,7 +249,8 @@ def main():
         print(f"resuming after epoch {first}")
 
     for epoch in range(first, args.epochs):
-        generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)    # the same after a resume
+        torch.manual_seed(args.seed * 1000 + epoch)                             # the same after a resume
+        generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
         shuffled = train[torch.randperm(len(train), generator=generator)]
         model.train()
         start, total, right = time.perf_counter(), 0.0, 0

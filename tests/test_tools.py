@@ -1,0 +1,93 @@
+"""The tools that made the pictures and the checkpoint."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import quantize_catdog
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import draw_cat_dog     # noqa: E402
+import train_checkpoint     # noqa: E402
+
+
+def test_the_hundred_pictures():
+    for kind in ("cat", "dog"):
+        for i in range(50):
+            with Image.open(ROOT / "cat_dog" / "val" / f"{kind}.{i}.jpg") as image:
+                assert image.format == "JPEG" and image.mode == "RGB" and 250 <= min(image.size) <= max(image.size) <= 700
+    assert len(list((ROOT / "cat_dog" / "val").iterdir())) == 100
+
+
+def test_a_seed_always_draws_the_same():
+    first, again = draw_cat_dog.draw("cat", 7), draw_cat_dog.draw("cat", 7)
+    assert first.tobytes() == again.tobytes()
+    assert draw_cat_dog.draw("dog", 7).resize((32, 32)).tobytes() != first.resize((32, 32)).tobytes()
+    assert draw_cat_dog.draw("cat", 8).resize((32, 32)).tobytes() != first.resize((32, 32)).tobytes()
+
+
+def test_shipped_pictures_are_the_tools():
+    """Up to JPEG's loss: the tool still draws what lies in cat_dog/val."""
+    for kind, i in (("cat", 3), ("dog", 11)):
+        drawn = draw_cat_dog.draw(kind, i)
+        with Image.open(ROOT / "cat_dog" / "val" / f"{kind}.{i}.jpg") as shipped:
+            assert shipped.size == drawn.size
+            assert np.abs(np.asarray(shipped, float) - np.asarray(drawn, float)).mean() < 6
+
+
+def test_trained_network_is_the_scripts():
+    """Pooling before batch norm, and the normalization folded into cnn1, change no logit."""
+    torch.manual_seed(0)
+    trained = train_checkpoint.TrainingNet(dropout=0.5).eval()
+    for i in range(1, 5):
+        bn = getattr(trained, f"bn{i}")
+        bn.weight.data.uniform_(-0.5, 2)
+        bn.bias.data.normal_()
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.2, 2)
+    trained.keep_gamma_positive()
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    model = quantize_catdog.CNN_Model().eval()
+    model.load_state_dict(train_checkpoint.fold_normalization(trained.state_dict()), strict=False)
+    with torch.no_grad():
+        expected = trained(train_checkpoint.normalize(pixels.float()))
+        torch.testing.assert_close(model(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def train(monkeypatch, folder, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_checkpoint.py", "--cache", str(folder / "cache"), "--batch", "16", "--output",
+                                      str(folder / "c.pth.tar"), *arguments])
+    train_checkpoint.main()
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    """To the same weights as in one go; and what it writes is what the script loads."""
+    (tmp_path / "photos").mkdir()
+    for i in range(21):
+        for kind in ("cat", "dog"):
+            Image.new("RGB", (40, 30), (40 * i % 256, 200, 30)).save(tmp_path / "photos" / f"{kind}.{i}.png")
+    arguments = ["--photos", str(tmp_path / "photos"), "--drawn", "2", "--epochs", "2"]
+    train(monkeypatch, tmp_path, *arguments)
+    whole = torch.load(tmp_path / "c.pth.tar", weights_only=True)["model"]
+    quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar")
+    (tmp_path / "c.pth.tar").unlink()
+    (tmp_path / "c.pth.tar.training").unlink()
+
+    count, step = [0], torch.optim.AdamW.step
+    def interrupted(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == 4:                                   # in the second epoch of two steps each
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        train(monkeypatch, tmp_path, *arguments)
+    assert not (tmp_path / "c.pth.tar").exists()
+    train(monkeypatch, tmp_path, *arguments)
+    resumed = torch.load(tmp_path / "c.pth.tar", weights_only=True)["model"]
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5)

@@ -3,24 +3,29 @@
     pip install -r requirements.txt && python quantize_catdog.py
 
 A network trained in FP32 becomes one of 8-bit integers, without training it again: run it once on
-calibration pictures and note the largest value at each place, turn these ranges into scales, round
-weights and biases to integers, then run on integers alone. Read it from top to bottom; the
-run at the end calls what is defined above it in the same order:
+calibration pictures and note the largest value at 7 places of the network, turn these ranges into
+scales, round weights and biases to integers, then run on integers alone:
 
     stage       what it does                                          what leaves it
     pictures    decode and resize                                     uint8   (N, 3, 224, 224)
-    calibrate   FP32 network, an observer at each of 7 places         range   one float a place
+    calibrate   FP32 network, an observer at each place               range   one float a place
     fold        batch norm into the convolution before it             FP32    weights, biases
     quantize    scale = largest integer / range                       int8    weights, int32 biases
     INT8 pass   uint8 x int8 -> int32 sums -> uint8, layer by layer   FP32    logits (N, 2)
     report      what changed, and by how much                         results/report.json
 
-It is the port of a notebook; the names of its functions and weights are kept. The file opens as a
-notebook too (VS Code, Jupytext).
+Below come the constants, pictures, arithmetic, FP32 network, INT8 network, checkpoint, passes and
+report; the run at the end calls them in the order of the table. Its last lines are:
+
+@RUN@
+
+It is the port of a notebook: the weights keep its names, and so do the functions that it has. The
+file opens as a notebook too (VS Code, Jupytext).
 """
 
 # %%
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -52,15 +57,15 @@ EVALUATION_SPLIT = "val"                 # folder in it whose pictures are count
 CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights: {"model": state_dict} or the notebook's {"model": CNN_Model}
 OUTPUT_DIR = "results"                   # report.json is written here
 IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
-BATCH_SIZE = 5                           # pictures per step, from 1; changes speed and memory, no result
-NUM_WORKERS = 0                          # processes that decode pictures, from 0; 0: this one decodes
-# the recipe; the notebook's is 8, False, False, 16, True
+BATCH_SIZE = 5                           # pictures per step, 1 to 4096; changes speed and memory alone
+NUM_WORKERS = 0                          # processes that decode pictures, 0 to 256; 0: this one decodes
+# the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True
 BIT = 8                                  # width of the integers for weights and activations, 2 to 8
 PER_CHANNEL = True                       # weight scale: one per output channel, or one per layer (False)
-UNSIGNED_RELU = True                     # pixels and ReLU outputs use 0..255, or half of -127..127 (False)
+UNSIGNED_RELU = True                     # integers of pixels and ReLU outputs: 0..255, or 0..127 (False)
 BIAS_BIT = 32                            # width of the integers for biases, 2 to 32
 QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
-INT8_ENGINE = "auto"                     # "onednn": INT8 kernels; "reference": the definition; "auto": whichever is right
+INT8_ENGINE = "auto"                     # "onednn" kernels, "reference" arithmetic; "auto": onednn where they agree
 
 ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +96,7 @@ def check_constants():
     def whole(low, high):
         return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
 
-    text = lambda value: isinstance(value, str) and value != "", "the name of a file or folder, in quotes"
+    text = lambda value: isinstance(value, str) and value.strip("\0") == value != "", "the name of a file or folder"
     switch = lambda value: isinstance(value, bool), "True or False"
     size = (lambda value: isinstance(value, tuple) and [type(side) for side in value] == [int, int]
             and all(feature_map(side) == 11 for side in value)), "(width, height), each from 212 to 227"
@@ -153,7 +158,8 @@ class CatDogDataset(Dataset):
             raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, ... there, "
                              "or set DATA_DIR and the splits")
         self.files, self.labels = [], []
-        for name in sorted(os.listdir(self.folder), key=lambda name: ([int(n) for n in re.findall("[0-9]+", name)], name)):
+        in_order = lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name)
+        for name in sorted(os.listdir(self.folder), key=in_order):
             label = label_of(name)
             if label is None:
                 self.skipped[self.folder / name] = "the name says neither cat nor dog, or both"
@@ -191,27 +197,37 @@ class CatDogDataset(Dataset):
         return Batch(pixels.permute(0, 3, 1, 2), torch.tensor([self.labels[i] for i in indices]),
                      [self.files[i] for i in indices]), bad
 
+    def __getstate__(self):
+        return {**vars(self), "kept": []}       # worker processes decode; they need none of what is decoded
+
     def batches(self):
-        """Yield a Batch at a time; decoded once, as far as KEEP_BYTES reach, however often this is called."""
-        yield from list(self.kept)
+        """Yield a Batch at a time; decoded once, as far as KEEP_BYTES reach, however often this is called.
+
+        A batch whose pictures are all broken is not yielded. Raises InputError when no picture can be used.
+        """
+        yield from [batch for batch in self.kept if batch.files]
         rest = Subset(self, range(len(self.kept) * BATCH_SIZE, len(self)))
         if len(rest) == 0:
             return
         usable = sum(len(batch.files) for batch in self.kept)
         keep = KEEP_BYTES - sum(batch.pixels.nbytes for batch in self.kept)
         for batch, bad in DataLoader(rest, BATCH_SIZE, num_workers=NUM_WORKERS, collate_fn=self.collate_fn):
+            if NUM_WORKERS:         # out of shared memory, of which each tensor keeps a file open
+                batch = Batch(batch.pixels.clone(), batch.labels.clone(), batch.files)
             self.skipped.update(bad)
             usable += len(batch.files)
             keep -= batch.pixels.nbytes
             if keep >= 0:
                 self.kept.append(batch)
-            yield batch
+            if batch.files:
+                yield batch
         self.require(usable)
 
 
 # %% [markdown]
 # ## Arithmetic
-# A real number x is kept as an integer q with x = q / scale. Everything below is symmetric: the integer 0 means 0.0.
+# A real number x is kept as an integer q with x = q / scale; torch's own quantizers call 1 / scale the scale.
+# Everything here is symmetric: the integer 0 means 0.0, and there is no zero point.
 
 # %%
 SMALLEST = 1e-12    # a range below it counts as this: a dead layer divides by no zero
@@ -244,8 +260,8 @@ def quantize(x, scale, to):
 def requantize(sums, bias, multiplier, to):
     """int32 sums at scale_in * scale_w -> integers at scale_out: q = clip(round(sums * M + bias * M), low, high).
 
-    M = scale_out / (scale_in * scale_w) moves from the one scale to the other. A low of 0 is the ReLU.
-    Product and sum are rounded to FP32 separately: this is what INT8 kernels do.
+    The sums are real * scale_in * scale_w; times M = scale_out / (scale_in * scale_w) they are real * scale_out.
+    A low of 0 is the ReLU. Product and sum are rounded to FP32 separately: this is what INT8 kernels do.
     """
     return (sums * multiplier).add_(bias * multiplier).round_().clip_(to.low, to.high).to(to.dtype)
 
@@ -267,11 +283,13 @@ def weight_quant(w, b, in_scale):
     Products of inputs and weights carry the scale in_scale * w_scale; so must the bias that is added to them.
     """
     to = int_range(unsigned=False)
-    dims = tuple(range(1, w.dim())) if PER_CHANNEL else tuple(range(w.dim()))
-    largest, largest_b = w.abs().amax(dims).reshape(-1), b.abs() if PER_CHANNEL else b.abs().amax().reshape(1)
-    w_scale = scale_of(to.high, largest)
-    # next to weights of nearly 0 a bias would leave int32: then it is the bias that sets the scale
-    w_scale = torch.minimum(w_scale, scale_of(2**30, largest_b * in_scale))
+    rows = (w if PER_CHANNEL else w[None]).flatten(1)                           # one row a scale
+    w_scale = scale_of(to.high, rows.abs().amax(1))
+    if BIAS_BIT == 32:
+        # next to weights of nearly 0 a bias would leave int32: then the bias sets the scale, at half of int32,
+        # which leaves the other half to the products
+        b_rows = b.reshape(len(rows), -1)
+        w_scale = torch.minimum(w_scale, scale_of(2**30, b_rows.abs().amax(1) * in_scale))
     wq = quantize(w, w_scale.reshape(-1, *[1] * (w.dim() - 1)), to)
     b_largest = 2**(BIAS_BIT - 1) - 1
     bq = torch.round(b * (w_scale * in_scale)).double().clip(-b_largest, b_largest)     # FP32 cannot hold b_largest
@@ -305,6 +323,11 @@ LAYERS = [
 PLACES = ["input"] + [layer.place for layer in LAYERS]
 
 
+def is_fp32(place):
+    """Whether values at this place stay FP32: the logits, unless they are quantized too."""
+    return place == "fc2" and not QUANTIZE_LOGITS
+
+
 def is_unsigned(place):
     """Whether integers at this place are unsigned: pixels and ReLU outputs are never negative."""
     return UNSIGNED_RELU and place not in ("fc1", "fc2")
@@ -333,7 +356,7 @@ class CNN_Model(nn.Module):
         self.maxpool4 = nn.MaxPool2d(kernel_size=2)
         self.fc1 = nn.Linear(8 * 11 * 11, 512)
         self.fc2 = nn.Linear(512, 2)
-        self.observing = False                                          # True during calibration alone
+        self.observing = False                                          # True in `calibrate` alone
         for place in PLACES:
             self.register_buffer(f"range_{place}", torch.tensor(0.0))   # largest |value| seen
             self.register_buffer(f"scale_{place}", torch.tensor(1.0))   # integers per unit of value
@@ -360,8 +383,8 @@ class CNN_Model(nn.Module):
 
     def update_range(self, place, data):
         """The observer: range = max(range, max |data|)."""
-        range_data = getattr(self, f"range_{place}")
-        range_data.copy_(torch.maximum(range_data, data.abs().amax()))
+        range_data, (low, high) = getattr(self, f"range_{place}"), data.aminmax()
+        range_data.copy_(torch.stack([range_data, -low, high]).amax())
 
     def fused(self):
         """A copy whose convolutions have taken in their batch norms; same logits up to rounding."""
@@ -415,8 +438,8 @@ def pack(weight, multiplier, bias):
 def kernel(x, packed, dtype, relu):
     """One layer in one kernel: int32 sums * M + bias, ReLU, rounded and saturated to `dtype`.
 
-    The scale of the input is passed as 1 and M in the place of the weight's, so that the kernel computes what
-    `requantize` does, bit for bit.
+    Input and output scale are given as 1 and the weight's as M, so that the kernel's own rescaling is that of
+    `requantize`, bit for bit.
     """
     weight, multiplier, zero, bias = packed
     if x.dim() == 4:                                        # convolutions take uint8 alone; nothing here is negative
@@ -457,7 +480,8 @@ class INT8_Model(nn.Module):
 
     def largest_sum(self, layer):
         """Bound on the |sum| of products in a layer: every input at its largest, every sign at its worst. (out,)"""
-        return getattr(self, layer.name).weight.long().abs().flatten(1).sum(1) * int_range(is_unsigned(layer.source)).high
+        weight = getattr(self, layer.name).weight.long()
+        return weight.abs().flatten(1).sum(1) * int_range(is_unsigned(layer.source)).high
 
     def accumulator_bits(self, layer):
         """Bits of the largest possible |accumulator|, the bias included; int32 has 31."""
@@ -466,26 +490,19 @@ class INT8_Model(nn.Module):
     def multiplier(self, layer):
         """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where the logits stay FP32."""
         scale_in, part = getattr(self, f"scale_{layer.source}"), getattr(self, layer.name)
-        scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
+        scale_out = 1 if is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
         return (scale_out / (scale_in * part.w_scale)).expand(part.bias.shape).contiguous()
-
-    @staticmethod
-    def is_fp32(place):
-        return place == "fc2" and not QUANTIZE_LOGITS
 
     def sums(self, layer, x):
         """Integer inputs -> sums of products. The one place where floats hold integers.
 
-        Exact: FP32 holds every integer up to 2^24, FP64 up to 2^53. A GPU may compute a convolution by way of
-        a transform that rounds; there FP64 and a last rounding give the integer.
+        Exact: FP32 holds every integer up to 2^24, FP64 up to 2^53. A GPU may compute a convolution by way of a
+        transform that rounds (Winograd, FFT); there FP64 and a last rounding give the integer.
         """
         weight = getattr(self, layer.name).weight
         exact = x.device.type == "cpu" and self.largest_sum(layer).max() < 2**24
         dtype = torch.float32 if exact else torch.float64
-        if weight.dim() == 4:
-            sums = F.conv2d(x.to(dtype), weight.to(dtype))
-        else:
-            sums = F.linear(x.to(dtype), weight.to(dtype))
+        sums = (F.conv2d if weight.dim() == 4 else F.linear)(x.to(dtype), weight.to(dtype))
         return sums if exact else sums.round().float()
 
     def reference(self, layer, x):
@@ -493,14 +510,14 @@ class INT8_Model(nn.Module):
         sums = self.sums(layer, x)                                          # cnn1: (N, 16, 220, 220)
         shape = (-1, *[1] * (sums.dim() - 2))                               # one value per output channel
         bias, multiplier = getattr(self, layer.name).bias.reshape(shape), self.multiplier(layer).reshape(shape)
-        if self.is_fp32(layer.place):
+        if is_fp32(layer.place):
             return sums * multiplier + bias * multiplier                    # FP32 (N, 2)
         to = int_range(is_unsigned(layer.place))
         return requantize(sums, bias, multiplier, to._replace(low=0) if layer.relu else to)
 
     def onednn(self, layer, x):
         """The same in one INT8 kernel. Its output saturates at 8 bits; narrower integers are clipped after it."""
-        if self.is_fp32(layer.place):
+        if is_fp32(layer.place):
             return kernel(x, self.packed[layer.name], torch.float32, relu=False)
         to = int_range(is_unsigned(layer.place))
         if layer.relu:
@@ -530,7 +547,7 @@ class INT8_Model(nn.Module):
     def forward(self, x):
         for _, x in self.activations(x):
             pass
-        return x if self.is_fp32("fc2") else x / self.scale_fc2
+        return x if is_fp32("fc2") else x / self.scale_fc2
 
 
 # %% [markdown]
@@ -577,19 +594,14 @@ def load_checkpoint(path):
               if not name.startswith(("range_", "scale_")) and not name.endswith("num_batches_tracked")}
     for name, value in needed.items():
         found = saved.get(name)
-        if not isinstance(found, torch.Tensor):
-            problem = "is missing"
-        elif found.shape != value.shape:
-            problem = f"has shape {tuple(found.shape)}, not {tuple(value.shape)}"
-        elif found.layout != torch.strided or not found.is_floating_point():
-            problem = f"is of type {found.dtype}, not floating point"
-        elif not found.isfinite().all():
-            problem = "has a NaN or an infinity in it"
-        elif name.endswith("running_var") and (found < 0).any():
-            problem = "has a negative variance in it"
-        else:
-            continue
-        raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
+        problem = ("is missing" if not isinstance(found, torch.Tensor) else
+                   f"is no dense floating-point tensor ({found.dtype})" if found.layout != torch.strided
+                   or found.is_meta or not found.is_floating_point() else
+                   f"has shape {tuple(found.shape)}, not {tuple(value.shape)}" if found.shape != value.shape else
+                   "has a NaN or an infinity in it, as FP32" if not found.float().isfinite().all() else
+                   "has a negative variance in it" if name.endswith("running_var") and (found < 0).any() else None)
+        if problem:
+            raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
     model.load_state_dict({name: saved[name] for name in needed}, strict=False)
     return list(saved), model.to(DEVICE).eval().to(memory_format=torch.channels_last)
 
@@ -617,36 +629,33 @@ def evaluate(name, model, pictures):
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
     files, labels, logits, ms = [], [], [], []
     for i, batch in enumerate(pictures.batches()):
-        if batch.files:                                         # a batch may have lost all its pictures
-            inputs = batch.pixels.to(DEVICE)
-            start = time.perf_counter()
-            outputs = model(inputs).cpu()                       # .cpu() waits for a GPU
-            ms.append(1e3 * (time.perf_counter() - start) / len(inputs))
-            meter.add(outputs, batch.labels)
-            files.extend(batch.files)
-            labels.append(batch.labels)
-            logits.append(outputs)
-            print(f"{name} Top1: {meter.value()[0]:.3f}, {i}/{math.ceil(len(pictures) / BATCH_SIZE)}")
+        inputs = batch.pixels.to(DEVICE)
+        start = time.perf_counter()
+        outputs = model(inputs).cpu()                           # .cpu() waits for a GPU
+        ms.append(1e3 * (time.perf_counter() - start) / len(inputs))
+        meter.add(outputs, batch.labels)
+        files.extend(batch.files)
+        labels.append(batch.labels)
+        logits.append(outputs)
+        print(f"{name} Top1: {meter.value()[0]:.3f}, {i}/{math.ceil(len(pictures) / BATCH_SIZE)}")
     return Outcome(files, torch.cat(labels), torch.cat(logits), meter.value()[0], float(np.median(ms)))
 
 
 def calibrate(model, pictures):
-    """The FP32 pass that sets the ranges."""
+    """The FP32 pass that sets the ranges. Raises InputError where weights are so large that FP32 overflows."""
     model.observing = True
     outcome = evaluate("FP32", model, pictures)
     model.observing = False
+    for place in PLACES:
+        if not getattr(model, f"range_{place}").isfinite():
+            raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller weights")
     return outcome
 
 
 def sample(pictures, count=20):
     """Pixels of the first pictures, at most `count`, on DEVICE, to prove a transformation on."""
-    pixels = []
-    for batch in pictures.batches():
-        if batch.files:
-            pixels.append(batch.pixels)
-        if sum(map(len, pixels)) >= count:
-            break
-    return torch.cat(pixels)[:count].to(DEVICE)
+    batches = itertools.islice(pictures.batches(), math.ceil(count / BATCH_SIZE))
+    return torch.cat([batch.pixels for batch in batches])[:count].to(DEVICE)
 
 
 @torch.inference_mode()
@@ -662,6 +671,7 @@ def choose_engine(int8_model, pixels):
     Returns {"compared": values, "different": values, "why": a sentence}. Raises InputError where "onednn" is
     forced and cannot run.
     """
+    int8_model.engine = "reference"
     exact = {"compared": 0, "different": 0, "why": "forced by INT8_ENGINE"}
     if INT8_ENGINE == "reference":
         return exact
@@ -692,7 +702,7 @@ def wilson(correct, n, z=1.959964):
     share = correct / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return 100 * (middle - half), 100 * (middle + half)
+    return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
 
 
 def layer_rows(model, int8_model):
@@ -703,15 +713,15 @@ def layer_rows(model, int8_model):
         rows.append({
             "name": layer.name, "shape": list(part.weight.shape),
             "range": getattr(model, f"range_{layer.place}").item(),
-            "scale_in": getattr(int8_model, f"scale_{layer.source}").item(),
-            "scale_out": None if int8_model.is_fp32(layer.place) else getattr(int8_model, f"scale_{layer.place}").item(),
+            "scale_in": getattr(model, f"scale_{layer.source}").item(),
+            "scale_out": None if is_fp32(layer.place) else getattr(model, f"scale_{layer.place}").item(),
             "weight_scale": part.w_scale.tolist(),
             "accumulator_bits": int8_model.accumulator_bits(layer)})
     return rows
 
 
 def print_layers(rows):
-    print("layer  weight shape      range        scale in     scale out    weight scale             |sum| bits")
+    print("layer  weight shape      range        scale in     scale out    weight scale             accumulator bits")
     for row in rows:
         low, high = min(row["weight_scale"]), max(row["weight_scale"])
         shape = " x ".join(map(str, row["shape"]))
@@ -722,16 +732,19 @@ def print_layers(rows):
 
 
 def sizes(model, int8_model):
-    """Bytes of the FP32 parameters, and of the INT8 ones with weights packed at BIT bits."""
+    """Bytes of the FP32 parameters, and of the quantized ones: weights of BIT bits, biases of BIAS_BIT, FP32 scales."""
+    bits = {torch.int8: BIT, torch.int32: BIAS_BIT, torch.float32: 32}
     fp32 = sum(value.numel() * 4 for name, value in model.state_dict().items()
                if value.is_floating_point() and not name.startswith(("range_", "scale_")))
-    int8 = sum(math.ceil(value.numel() * BIT / 8) if value.dtype == torch.int8 else value.numel() * 4
-               for value in int8_model.state_dict().values())
+    int8 = sum(math.ceil(value.numel() * bits[value.dtype] / 8) for value in int8_model.state_dict().values())
     return {"fp32": fp32, "int8": int8}
 
 
 def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes, engine, exact):
-    """Everything the run found out, as plain values for JSON."""
+    """Everything the run found out, as plain values for JSON. Raises InputError when pictures came or went."""
+    if fp32.files != int8.files:
+        raise InputError("pictures came or went while the run looked at them: run it again")
+
     def accuracy(outcome):
         correct = round(outcome.top1 / 100 * len(outcome.files))
         return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
@@ -760,16 +773,14 @@ def print_summary(report):
         print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
               f"{row['interval95'][0]:.1f} to {row['interval95'][1]:.1f} %, {row['ms_per_image']:.2f} ms a picture, "
               f"{report['size_bytes'][name]:,} bytes of parameters")
-    sqnr = report["logit_sqnr_db"]
-    print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {'-' if sqnr is None else f'{sqnr:.1f} dB'}; "
-          f"{len(report['flips'])} of {n} pictures changed their class")
+    sqnr = "none" if report["logit_sqnr_db"] is None else f"{report['logit_sqnr_db']:.1f} dB"
+    print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {sqnr}; {len(report['flips'])} of {n} pictures "
+          f"changed their class; {len(report['skipped'])} files left out")
     for flip in report["flips"]:
-        print(f"  {flip['file']} ({flip['label']}): FP32 cat {flip['fp32_logits'][0]:.3f} dog {flip['fp32_logits'][1]:.3f}"
-              f" -> INT8 cat {flip['int8_logits'][0]:.3f} dog {flip['int8_logits'][1]:.3f}")
-    if report["skipped"]:
-        print(f"{len(report['skipped'])} files left out")
+        logits = [f"cat {cat:.3f} dog {dog:.3f}" for cat, dog in (flip["fp32_logits"], flip["int8_logits"])]
+        print(f"  {flip['file']} ({flip['label']}): FP32 {logits[0]} -> INT8 {logits[1]}")
     for row in report["skipped"]:
-        print(f"  {row['file']}: {row['reason']}")
+        print(f"  left out {row['file']}: {row['reason']}")
 
 
 def make_writable(folder):
@@ -787,9 +798,10 @@ def write_report(report, folder):
     """Write report.json whole or not at all. Raises InputError when the folder cannot be written."""
     path, temporary = Path(folder) / "report.json", Path(folder) / f"report.json.{os.getpid()}.tmp"
     try:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; set OUTPUT_DIR") from None
     return path
 
@@ -800,6 +812,8 @@ def write_report(report, folder):
 # %%
 if __name__ == "__main__":
     # %% constants, device, version
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name may hold what a terminal cannot show
     constants = check_constants()
     make_writable(ROOT / OUTPUT_DIR)
     print(f"device {DEVICE}, torch {torch.__version__}")
@@ -818,10 +832,12 @@ if __name__ == "__main__":
     print(model)
 
     # %% FP32 calibration: the observers see every picture
+    print(f"calibrating on {calibration.folder}")
     fp32 = calibrated = calibrate(model, calibration)
     for place in PLACES:
         print(f"range_{place:<6} {getattr(model, f'range_{place}').item():.6g}")
     if evaluation is not calibration:
+        print(f"evaluating on {evaluation.folder}")
         fp32 = evaluate("FP32", model, evaluation)
 
     # %% conv + batch-norm folding, proven
@@ -836,8 +852,8 @@ if __name__ == "__main__":
 
     # %% the two executors, compared
     exact = choose_engine(int8_model, pixels)
-    print(f"INT8 engine {int8_model.engine}: {exact['why']}; {exact['compared']:,} values compared on {len(pixels)} "
-          f"pictures, {exact['different']:,} differ")
+    print(f"INT8 engine {int8_model.engine}: {exact['why']}; {exact['compared']:,} values of {len(pixels)} pictures "
+          f"compared, {exact['different']:,} differ")
 
     # %% INT8 inference
     int8 = evaluate("INT8", int8_model, evaluation)
@@ -845,5 +861,6 @@ if __name__ == "__main__":
     # %% summary
     report = build_report(constants, len(calibrated.files), calibration.skipped | evaluation.skipped, fp32, int8, rows,
                           sizes(model, int8_model), int8_model.engine, exact)
+    path = write_report(report, ROOT / OUTPUT_DIR)
     print_summary(report)
-    print(f"wrote {write_report(report, ROOT / OUTPUT_DIR)}")
+    print(f"wrote {path}")

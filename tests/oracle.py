@@ -106,7 +106,8 @@ def mended_weights(w, b, in_scale, recipe):
     group = (len(w), -1) if recipe.per_channel else (1, -1)
     w_scale = divide(largest, np.maximum(np.abs(w).reshape(group).max(1), TINY))
     bias_range = np.abs(b).reshape(group).max(1) * in_scale
-    w_scale = np.minimum(w_scale, divide(2**30, np.maximum(bias_range, TINY)))
+    if recipe.bias_bit == 32:
+        w_scale = np.minimum(w_scale, divide(2**30, np.maximum(bias_range, TINY)))
     wq = quantize(w, w_scale.reshape(-1, *[1] * (w.ndim - 1)), -largest, largest)
     return wq, quantize(b, w_scale * in_scale, -largest_b, largest_b), w_scale
 

@@ -137,7 +137,7 @@ def read_npz(path):
 
 
 def augment(pixels, generator):
-    """uint8 (N, 224, 224, 3) -> float (N, 3, 224, 224), normalized; flip, crop, scale, rotate, light, colour."""
+    """uint8 (N, 224, 224, 3) -> float (N, 3, 224, 224), normalized; flip, crop, scale, rotate, sharpen, light, colour."""
     n = len(pixels)
 
     def uniform(low, high, *shape):
@@ -155,6 +155,9 @@ def augment(pixels, generator):
     x = pixels.permute(0, 3, 1, 2).float()
     x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False),
                       padding_mode="reflection", align_corners=False)
+    # small copies of photographs are scaled up to 224 and soft; photographs at their own size are scaled down and crisp
+    crispness = uniform(-1, 1, 1, 1, 1).clamp_(min=0)
+    x += crispness * (x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
     gain = uniform(math.log(0.75), math.log(1.33), 1, 1, 1).exp() * uniform(0.93, 1.07, 3, 1, 1)
     contrast = uniform(0.75, 1.25, 1, 1, 1)
     mean = x.mean((2, 3), keepdim=True)

@@ -616,7 +616,7 @@ class Outcome(NamedTuple):
     labels: torch.Tensor    # int64 (n,)
     logits: torch.Tensor    # FP32 (n, 2)
     top1: float             # percent
-    ms_per_image: float     # of the network alone, median over the batches
+    ms_per_image: float     # of the network, with its observers where they are on; median over the batches
 
     @property
     def classes(self):

@@ -527,5 +527,5 @@ def test_accuracy_on_photographs(tmp_path):
     report, _ = place.report(DATA_DIR=str(photos.parent), CALIBRATION_SPLIT=photos.name, EVALUATION_SPLIT=photos.name,
                              BATCH_SIZE=20)
     assert report["fp32"]["top1"] >= 89
-    assert abs(report["fp32"]["top1"] - report["int8"]["top1"]) <= 0.3
+    assert abs(report["fp32"]["top1"] - report["int8"]["top1"]) <= 0.3 + 1e-9
     assert report["agreement"] >= 0.99

@@ -7,13 +7,13 @@ adds freshly drawn ones (tools/draw_cat_dog.py, with seeds that cat_dog/val neve
 twentieth of the photographs and of the drawings is held out, and what it measures is printed after
 each epoch. Everything needed to go on after an interruption is in `<output>.training`: give the
 same command again, or one with more pictures, since the learning rate follows the share of the
-epochs that is done. Delete that file to start afresh.
+epochs that is done. Delete that file to start afresh. Decoded pictures are kept in `--cache`; delete
+that folder when the pictures in a source change.
 
-The network that is trained is the one that quantize_catdog.py runs, written in an order that
-trains three times faster on a CPU: pool -> batch norm -> ReLU instead of batch norm -> ReLU -> pool.
-Maximum and ReLU are monotone, and so is batch norm while gamma > 0, which a clamp after every step
-keeps true; then the two orders give the same output, and batch norm and ReLU see a quarter
-of the values. The pixels are normalized for training; the normalization is folded into cnn1 when
+The network that is trained is the one that quantize_catdog.py runs, in an order that trains faster:
+pool -> batch norm -> ReLU instead of batch norm -> ReLU -> pool. ReLU is monotone, and so is batch
+norm while gamma > 0, which a clamp after every step keeps true; then the maximum may be taken first,
+and batch norm and ReLU see a quarter of the values. The pixels are normalized for training; the normalization is folded into cnn1 when
 the checkpoint is written, exactly, because no convolution pads.
 """
 import argparse

@@ -243,7 +243,7 @@ def test_requantize_rounds_product_and_sum_separately():
 @pytest.mark.parametrize("height, width", [(4, 6), (5, 6), (4, 7), (7, 5), (2, 2), (3, 3)])
 def test_max_pool_is_torchs(dtype, height, width):
     x = torch.randint(torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1, (2, 3, height, width), dtype=dtype)
-    pooled = script.max_pool(x)
+    pooled = script.MaxPool2d(2)(x)
     assert pooled.dtype == dtype
     assert torch.equal(pooled.float(), torch.nn.MaxPool2d(2)(x.float()))
 

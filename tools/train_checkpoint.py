@@ -13,8 +13,8 @@ that folder when the pictures in a source change.
 The network that is trained is the one that quantize_catdog.py runs, in an order that trains faster:
 pool -> batch norm -> ReLU instead of batch norm -> ReLU -> pool. ReLU is monotone, and so is batch
 norm while gamma > 0, which a clamp after every step keeps true; then the maximum may be taken first,
-and batch norm and ReLU see a quarter of the values. The pixels are normalized for training; the normalization is folded into cnn1 when
-the checkpoint is written, exactly, because no convolution pads.
+and batch norm and ReLU see a quarter of the values. The pixels are normalized for training; the
+normalization is folded into cnn1 when the checkpoint is written, exactly, because no convolution pads.
 """
 import argparse
 import ctypes
@@ -137,7 +137,7 @@ def read_npz(path):
 
 
 def augment(pixels, generator):
-    """uint8 (N, 224, 224, 3) -> float (N, 3, 224, 224), normalized; flip, crop, scale, rotate, sharpen, light, colour."""
+    """uint8 (N, 224, 224, 3) -> float (N, 3, 224, 224), normalized and changed at random."""
     n = len(pixels)
 
     def uniform(low, high, *shape):

@@ -160,7 +160,7 @@ class CatDogDataset(Dataset):
     """
 
     def __init__(self, folder):
-        self.folder, self.skipped, self.kept = Path(folder), {}, []
+        self.folder, self.skipped, self.kept, self.done = Path(folder), {}, [], 0   # done: files that `kept` covers
         if not self.folder.is_dir() or not os.access(self.folder, os.R_OK):
             raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, ... there, "
                              "or set DATA_DIR and the splits")
@@ -212,7 +212,7 @@ class CatDogDataset(Dataset):
         A batch whose pictures are all broken is not yielded. Raises InputError when no picture can be used.
         """
         yield from [batch for batch in self.kept if batch.files]
-        rest = Subset(self, range(len(self.kept) * BATCH_SIZE, len(self)))
+        rest = Subset(self, range(self.done, len(self)))
         if len(rest) == 0:
             return
         usable = sum(len(batch.files) for batch in self.kept)
@@ -225,6 +225,7 @@ class CatDogDataset(Dataset):
             keep -= batch.pixels.nbytes
             if keep >= 0:
                 self.kept.append(batch)
+                self.done += len(batch.files) + len(bad)
             if batch.files:
                 yield batch
         self.require(usable)

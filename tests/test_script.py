@@ -227,7 +227,10 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     pictures = quantize_catdog.CatDogDataset(Place(tmp_path, 80).val)
     first, second = list(pictures.batches()), list(pictures.batches())
     assert len(decoded) == 80 and [len(batch.files) for batch in first] == [60, 20]
-    pictures.kept.clear()
+    monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 7)     # edited between two passes: the pictures stay the same
+    assert sum([batch.files for batch in pictures.batches()], []) == sum([batch.files for batch in first], [])
+    monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 60)
+    pictures = quantize_catdog.CatDogDataset(tmp_path / "cat_dog" / "val")
     monkeypatch.setattr(quantize_catdog, "KEEP_BYTES", 70 * 224 * 224 * 3)
     third, fourth = list(pictures.batches()), list(pictures.batches())
     assert len(decoded) == 80 + 80 + 20 and len(pictures.kept) == 1

@@ -582,6 +582,12 @@ def tensors_of(module):
     return tensors
 
 
+def weights_of(model):
+    """{name: tensor} of an FP32 model's weights, biases and batch-norm statistics, without ranges and scales."""
+    return {name: value for name, value in model.state_dict().items()
+            if value.is_floating_point() and not name.startswith(("range_", "scale_"))}
+
+
 def load_checkpoint(path):
     """Read {"model": state_dict or CNN_Model} and return (the names it holds, the FP32 CNN_Model on DEVICE).
 
@@ -602,8 +608,7 @@ def load_checkpoint(path):
                   f"is damaged or no checkpoint ({type(error).__name__})")
         raise InputError(f"checkpoint {path} {reason}: give a file with {{'model': state_dict}}") from None
     model = CNN_Model()
-    needed = {name: value for name, value in model.state_dict().items()
-              if not name.startswith(("range_", "scale_")) and not name.endswith("num_batches_tracked")}
+    needed = weights_of(model)
     for name, value in needed.items():
         found = saved.get(name)
         problem = ("is missing" if not isinstance(found, torch.Tensor) else
@@ -752,8 +757,7 @@ def print_layers(rows):
 def sizes(model, int8_model):
     """Bytes of the FP32 parameters, and of the quantized ones: weights of BIT bits, biases of BIAS_BIT, FP32 scales."""
     bits = {torch.int8: BIT, torch.int32: BIAS_BIT, torch.float32: 32}
-    fp32 = sum(value.numel() * 4 for name, value in model.state_dict().items()
-               if value.is_floating_point() and not name.startswith(("range_", "scale_")))
+    fp32 = sum(value.numel() * 4 for value in weights_of(model).values())
     int8 = sum(math.ceil(value.numel() * bits[value.dtype] / 8) for value in int8_model.state_dict().values())
     return {"fp32": fp32, "int8": int8}
 

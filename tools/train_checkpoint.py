@@ -17,7 +17,6 @@ and batch norm and ReLU see a quarter of the values. The pixels are normalized f
 normalization is folded into cnn1 when the checkpoint is written, exactly, because no convolution pads.
 """
 import argparse
-import ctypes
 import io
 import math
 import os
@@ -31,12 +30,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 from draw_cat_dog import draw
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = 224
+sys.path.insert(0, str(ROOT))
+# pictures and labels as it sees them; importing it also has glibc keep its big buffers, which halves a step's time
+import quantize_catdog as script    # noqa: E402
+
 PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels alike
 TRAINING_SEEDS = 1_000_000_000          # drawings of the training set start at this seed
 
@@ -81,11 +82,6 @@ def photographs(path):
                     yield Path(member.name).name, tar.extractfile(member).read()
 
 
-def to_pixels(image):
-    """PIL image -> uint8 (224, 224, 3), as quantize_catdog.py sees it."""
-    return np.asarray(image.convert("RGB").resize((SIZE, SIZE)))
-
-
 def build_cache(folder, photos, drawn):
     """Decode every picture once into one file on disk; return pixels (N, 224, 224, 3), labels, is-photo."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,14 +91,14 @@ def build_cache(folder, photos, drawn):
         if not cached.exists():
             pixels, labels = [], []
             for name, data in photographs(source):
-                word = name.lower()
-                if word.startswith(("cat", "dog")):
+                label = script.label_of(name)
+                if label is not None:
                     try:
-                        pixels.append(to_pixels(Image.open(io.BytesIO(data))))
+                        pixels.append(script.decode(io.BytesIO(data)))
                     except OSError as error:
                         print(f"left out {source}: {name}: {error}")
                         continue
-                    labels.append(int(word.startswith("dog")))
+                    labels.append(label)
                 if len(labels) % 500 == 0:
                     print(f"decoding {source}: {len(labels)}", end="\r", flush=True)
             write_npz(cached, pixels, labels)
@@ -112,7 +108,8 @@ def build_cache(folder, photos, drawn):
         if not cached.exists():
             pixels, labels = [], []
             for i in range(drawn):
-                pixels.append(to_pixels(draw(("cat", "dog")[i % 2], TRAINING_SEEDS + i)))
+                picture = draw(("cat", "dog")[i % 2], TRAINING_SEEDS + i)
+                pixels.append(np.asarray(picture.resize(script.IMAGE_SIZE)))
                 labels.append(i % 2)
                 if i % 50 == 0:
                     print(f"drawing: {i} of {drawn}", end="\r", flush=True)
@@ -223,11 +220,6 @@ def main():
         if not Path(source).exists():
             parser.error(f"--photos: no folder or tar file {source}")
 
-    # glibc hands big buffers back to the system after each use and faults their pages in again at the
-    # next; keeping them (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) more than halves the time of a step
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     torch.manual_seed(args.seed)
 
     pixels, labels, is_photo = build_cache(args.cache, args.photos, args.drawn)

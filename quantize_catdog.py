@@ -29,6 +29,7 @@ file opens as a notebook too (VS Code, Jupytext).
 
 # %%
 import ctypes
+import io
 import itertools
 import json
 import math
@@ -63,12 +64,17 @@ OUTPUT_DIR = "results"                   # report.json is written here
 IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
 BATCH_SIZE = 5                           # pictures per step, 1 to 4096; changes speed and memory alone
 NUM_WORKERS = 0                          # processes that decode pictures, 0 to 256; 0: this one decodes
-# the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True
+# the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1
+# and EQUALIZE, GPTQ, BIAS_CORRECTION False
 BIT = 8                                  # width of the integers for weights and activations, 2 to 8
 PER_CHANNEL = True                       # weight scale: one per output channel, or one per layer (False)
 UNSIGNED_RELU = True                     # integers of pixels and ReLU outputs: 0..255, or 0..127 (False)
 BIAS_BIT = 32                            # width of the integers for biases, 2 to 32
 QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
+HEADROOM = 2                             # ranges before FC1 and FC2 are widened by this factor, 1 to 16
+EQUALIZE = True                          # rescale channels so that weak ones use more of the integers too
+GPTQ = True                              # round weights so that their errors cancel, or each to its nearest (False)
+BIAS_CORRECTION = True                   # move biases by the mean error that is left on calibration pictures
 INT8_ENGINE = "auto"                     # "onednn" kernels, "reference" arithmetic; "auto": onednn where they agree
 
 ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
@@ -96,8 +102,12 @@ def feature_map(side):
     return side
 
 
-def check_constants():
-    """Print and return the constants; raise InputError at a value that this file cannot run with."""
+RECIPE = ["BIT", "PER_CHANNEL", "UNSIGNED_RELU", "BIAS_BIT", "QUANTIZE_LOGITS", "HEADROOM", "EQUALIZE", "GPTQ",
+          "BIAS_CORRECTION"]
+
+
+def legal_values():
+    """{constant: (test, what to set it to)}."""
     def whole(low, high):
         return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
 
@@ -105,11 +115,18 @@ def check_constants():
     switch = lambda value: isinstance(value, bool), "True or False"
     size = (lambda value: isinstance(value, tuple) and [type(side) for side in value] == [int, int]
             and all(feature_map(side) == 11 for side in value)), "(width, height), each from 212 to 227"
+    factor = lambda value: type(value) in (int, float) and 1 <= value <= 16, "a number from 1 to 16"
     engine = lambda value: value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
-    legal = {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
-             "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(0, 256),
-             "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch, "BIAS_BIT": whole(2, 32),
-             "QUANTIZE_LOGITS": switch, "INT8_ENGINE": engine}
+    return {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
+            "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(0, 256),
+            "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch, "BIAS_BIT": whole(2, 32),
+            "QUANTIZE_LOGITS": switch, "HEADROOM": factor, "EQUALIZE": switch, "GPTQ": switch,
+            "BIAS_CORRECTION": switch, "INT8_ENGINE": engine}
+
+
+def check_constants():
+    """Print and return the constants; raise InputError at a value that this file cannot run with."""
+    legal = legal_values()
     for name, (is_legal, what) in legal.items():
         if not is_legal(globals()[name]):
             raise InputError(f"{name} = {globals()[name]!r} in quantize_catdog.py: set it to {what}")
@@ -122,6 +139,9 @@ def check_constants():
 # A file becomes uint8 pixels and a label: 0 for cat, 1 for dog. What cannot be used is left out and named.
 
 # %%
+CLASSES = ("cat", "dog")
+
+
 def label_of(name):
     """Label from a file name's words: 0 cat, 1 dog; None when it says neither or both."""
     words = {word.rstrip("s") for word in re.findall(r"[a-z]+", name.lower())}
@@ -246,11 +266,11 @@ class IntRange(NamedTuple):
     dtype: torch.dtype
 
 
-def int_range(unsigned):
-    """Integers of BIT bits: -127..127 in int8, or 0..255 in uint8 for what is never negative (at BIT = 8)."""
+def int_range(bit, unsigned=False):
+    """Integers of 8 bits: -127..127 in int8, or 0..255 in uint8 for what is never negative; fewer bits alike."""
     if unsigned:
-        return IntRange(0, 2**BIT - 1, torch.uint8)
-    largest = 2**(BIT - 1) - 1
+        return IntRange(0, 2**bit - 1, torch.uint8)
+    largest = 2**(bit - 1) - 1
     return IntRange(-largest, largest, torch.int8)
 
 
@@ -289,7 +309,7 @@ def weight_quant(w, b, in_scale):
 
     Products of inputs and weights carry the scale in_scale * w_scale; so must the bias that is added to them.
     """
-    to = int_range(unsigned=False)
+    to = int_range(BIT)
     rows = (w if PER_CHANNEL else w[None]).flatten(1)                           # one row a scale
     w_scale = scale_of(to.high, rows.abs().amax(1))
     if BIAS_BIT == 32:
@@ -307,7 +327,8 @@ def weight_quant(w, b, in_scale):
 # ## The FP32 network and its observers
 # Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer sits at each
 # *place*: the input, each ReLU's output, each fully connected layer's output. It remembers the largest magnitude
-# it has seen, `range_<place>`, from which `cl_scale` computes `scale_<place>`.
+# that it has seen in each channel, `range_<place>`. The largest of them is the range that `cl_scale` turns into
+# the place's scale.
 
 # %%
 class Layer(NamedTuple):
@@ -328,16 +349,13 @@ LAYERS = [
     Layer("fc2", None, None, None, "fc1", "fc2"),
 ]
 PLACES = ["input"] + [layer.place for layer in LAYERS]
+BEFORE_FC = [layer.source for layer in LAYERS if not layer.bn]
 
 
-def is_fp32(place):
-    """Whether values at this place stay FP32: the logits, unless they are quantized too."""
-    return place == "fc2" and not QUANTIZE_LOGITS
-
-
-def is_unsigned(place):
-    """Whether integers at this place are unsigned: pixels and ReLU outputs are never negative."""
-    return UNSIGNED_RELU and place not in ("fc1", "fc2")
+def place_integers(recipe):
+    """{place: IntRange}. Pixels and ReLU outputs are never negative, so the sign's bit can be theirs too."""
+    return {place: int_range(recipe["BIT"], recipe["UNSIGNED_RELU"] and place not in ("fc1", "fc2"))
+            for place in PLACES}
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -359,51 +377,68 @@ class CNN_Model(nn.Module):
         super().__init__()
         self.cnn1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
         self.bn1 = nn.BatchNorm2d(16)
-        self.relu1 = nn.ReLU()
+        self.relu1 = nn.ReLU(inplace=True)
         self.maxpool1 = MaxPool2d(kernel_size=2)
         self.cnn2 = nn.Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
         self.bn2 = nn.BatchNorm2d(32)
-        self.relu2 = nn.ReLU()
+        self.relu2 = nn.ReLU(inplace=True)
         self.maxpool2 = MaxPool2d(kernel_size=2)
         self.cnn3 = nn.Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
         self.bn3 = nn.BatchNorm2d(16)
-        self.relu3 = nn.ReLU()
+        self.relu3 = nn.ReLU(inplace=True)
         self.maxpool3 = MaxPool2d(kernel_size=2)
         self.cnn4 = nn.Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
         self.bn4 = nn.BatchNorm2d(8)
-        self.relu4 = nn.ReLU()
+        self.relu4 = nn.ReLU(inplace=True)
         self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = nn.Linear(8 * 11 * 11, 512)
         self.fc2 = nn.Linear(512, 2)
         self.observing = False                                          # True in `calibrate` alone
+        channels = {"input": 3} | {layer.place: len(getattr(self, layer.name).bias) for layer in LAYERS}
         for place in PLACES:
-            self.register_buffer(f"range_{place}", torch.tensor(0.0))   # largest |value| seen
-            self.register_buffer(f"scale_{place}", torch.tensor(1.0))   # integers per unit of value
+            self.register_buffer(f"range_{place}", torch.zeros(channels[place]))    # largest |value| seen
+
+    def linear(self, layer, x):
+        """One layer up to where its ReLU would come: convolution and batch norm, or fully connected."""
+        x = getattr(self, layer.name)(x if layer.bn else x.flatten(1))      # fc1: (N, 968) -> (N, 512)
+        return getattr(self, layer.bn)(x) if layer.bn else x
 
     def activations(self, x):
         """Yield (place, FP32 values) from the input to the logits."""
         x = x.float()                                           # (N, 3, 224, 224)
         yield "input", x
         for layer in LAYERS:
-            if layer.bn:
-                x = getattr(self, layer.name)(x)                # cnn1: (N, 16, 220, 220)
-                x = getattr(self, layer.relu)(getattr(self, layer.bn)(x))
-                yield layer.place, x
+            x = self.linear(layer, x)                           # cnn1: (N, 16, 220, 220)
+            if layer.relu:
+                x = getattr(self, layer.relu)(x)
+            yield layer.place, x
+            if layer.pool:
                 x = getattr(self, layer.pool)(x)                # cnn1: (N, 16, 110, 110)
-            else:
-                x = getattr(self, layer.name)(x.flatten(1))     # fc1: (N, 968) -> (N, 512)
-                yield layer.place, x
 
     def forward(self, x):
-        for place, x in self.activations(x):
+        """The last of `activations`, with each ReLU after the pooling: same maximum, a quarter of the work."""
+        x = x.float()
+        if self.observing:
+            self.update_range("input", x)
+        for layer in LAYERS:
+            x = self.linear(layer, x)
             if self.observing:
-                self.update_range(place, x)
+                self.update_range(layer.place, x)
+            if layer.pool:
+                x = getattr(self, layer.relu)(getattr(self, layer.pool)(x))
         return x
 
     def update_range(self, place, data):
-        """The observer: range = max(range, max |data|)."""
+        """The observer: range = max(range, max |data|), for each channel. data: (N, C, height, width) or (N, C).
+
+        Maps are pixels or come before a ReLU, where only what is positive counts: ranges start at 0.
+        """
+        if data.dim() == 4:     # rows first, channels last as in memory: any other way takes 50 times as long
+            largest = data.permute(0, 2, 3, 1).amax(1).amax((0, 1))
+        else:
+            largest = data.abs().amax(0)
         range_data = getattr(self, f"range_{place}")
-        range_data.copy_(torch.stack([range_data, data.amax(), -data.amin()]).amax())       # no copy of |data|
+        range_data.copy_(torch.maximum(range_data, largest))
 
     def fused(self):
         """A copy whose convolutions have taken in their batch norms; same logits up to rounding."""
@@ -420,16 +455,18 @@ class CNN_Model(nn.Module):
     def cl_scale(self):
         """Compute the scales from the ranges, quantize the weights, and return the INT8_Model.
 
-        This model keeps its FP32 weights; only its scale_<place> buffers change.
+        For a model that `fused` returned. It keeps its FP32 weights.
         """
-        for place in PLACES:
-            scale = scale_of(int_range(is_unsigned(place)).high, getattr(self, f"range_{place}"))
-            getattr(self, f"scale_{place}").copy_(scale)
-        model, quantized = self.fused(), {}
+        model, state = INT8_Model({name: globals()[name] for name in RECIPE}), {}
+        for place, to in model.integers.items():
+            range_data = getattr(self, f"range_{place}").amax()
+            state[f"scale_{place}"] = scale_of(to.high, range_data * (HEADROOM if place in BEFORE_FC else 1))
         for layer in LAYERS:
-            part = getattr(model, layer.name)
-            quantized[layer.name] = weight_quant(part.weight, part.bias, getattr(model, f"scale_{layer.source}"))
-        return INT8_Model({place: getattr(model, f"scale_{place}") for place in PLACES}, quantized)
+            part = getattr(self, layer.name)
+            quantized = weight_quant(part.weight, part.bias, state[f"scale_{layer.source}"])
+            state |= {f"{layer.name}.{key}": tensor for key, tensor in zip(("weight", "bias", "w_scale"), quantized)}
+        model.load_state_dict(state)
+        return model.to(self.fc1.weight.device)
 
 
 # %% [markdown]
@@ -475,25 +512,54 @@ def kernels_saturate():
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, 224, 224) -> FP32 logits (N, 2).
 
-    Buffers: scale_<place> (FP32, one value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32,
-    one value or one per output channel). Two executors give the same integers: `reference`, the definition, and
-    `onednn`, after `use_kernels`.
+    recipe: the constants named in RECIPE that it is made with. Buffers: scale_<place> (FP32, one value);
+    <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per output channel); all
+    blank until `CNN_Model.cl_scale` or a checkpoint fills them in. Two executors give the same integers:
+    `reference`, the definition, and `onednn`, after `use_kernels`.
     """
 
-    def __init__(self, scales, quantized):
+    def __init__(self, recipe):
         super().__init__()
+        self.recipe, self.integers = recipe, place_integers(recipe)
         self.engine, self.packed, self.maxpool = "reference", {}, MaxPool2d(kernel_size=2)
-        for place, scale in scales.items():
-            self.register_buffer(f"scale_{place}", scale.clone())
-        for name, tensors in quantized.items():
-            self.add_module(name, nn.Module())
-            for key, tensor in zip(("weight", "bias", "w_scale"), tensors):
-                getattr(self, name).register_buffer(key, tensor)
+        for place in PLACES:
+            self.register_buffer(f"scale_{place}", torch.tensor(1.0))
+        fp32 = CNN_Model()
+        for layer in LAYERS:
+            weight, part = getattr(fp32, layer.name).weight, nn.Module()
+            part.register_buffer("weight", torch.zeros(weight.shape, dtype=torch.int8))
+            part.register_buffer("bias", torch.zeros(len(weight), dtype=torch.int32))
+            part.register_buffer("w_scale", torch.ones(len(weight) if recipe["PER_CHANNEL"] else 1))
+            self.add_module(layer.name, part)
+
+    @staticmethod
+    def load(path):
+        """The INT8_Model of an INT8 checkpoint, ready to `predict`. Raises InputError as `load_checkpoint` does."""
+        model = load_checkpoint(path)[1]
+        if not isinstance(model, INT8_Model):
+            raise InputError(f"checkpoint {path} holds FP32 weights: give the INT8_checkpoint.pth.tar of a run")
+        pixels = torch.randint(256, (2, 3, *IMAGE_SIZE[::-1]), dtype=torch.uint8, device=DEVICE)
+        choose_engine(model, pixels)
+        return model
+
+    @torch.inference_mode()
+    def predict(self, picture):
+        """A picture's file -> ("cat" or "dog", [cat's logit, dog's logit]). Raises InputError if it is broken."""
+        try:
+            pixels = torch.from_numpy(decode(picture)).permute(2, 0, 1)[None]
+        except Exception as error:      # as in CatDogDataset
+            raise InputError(f"{picture} cannot be decoded: {type(error).__name__}: {error}") from None
+        logits = self(pixels.to(DEVICE))[0].cpu()
+        return CLASSES[logits.argmax()], logits.tolist()
+
+    def is_fp32(self, place):
+        """Whether values at this place stay FP32: the logits, unless they are quantized too."""
+        return place == "fc2" and not self.recipe["QUANTIZE_LOGITS"]
 
     def largest_sum(self, layer):
         """Bound on the |sum| of products in a layer: every input at its largest, every sign at its worst. (out,)"""
         weight = getattr(self, layer.name).weight.long()
-        return weight.abs().flatten(1).sum(1) * int_range(is_unsigned(layer.source)).high
+        return weight.abs().flatten(1).sum(1) * self.integers[layer.source].high
 
     def accumulator_bits(self, layer):
         """Bits of the largest possible |accumulator|, the bias included; int32 has 31."""
@@ -502,7 +568,7 @@ class INT8_Model(nn.Module):
     def multiplier(self, layer):
         """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where the logits stay FP32."""
         scale_in, part = getattr(self, f"scale_{layer.source}"), getattr(self, layer.name)
-        scale_out = 1 if is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
+        scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
         return (scale_out / (scale_in * part.w_scale)).expand(part.bias.shape).contiguous()
 
     def sums(self, layer, x):
@@ -517,21 +583,24 @@ class INT8_Model(nn.Module):
         sums = (F.conv2d if weight.dim() == 4 else F.linear)(x.to(dtype), weight.to(dtype))
         return sums if exact else sums.round().float()
 
-    def reference(self, layer, x):
-        """Integers of one place -> integers of the next before pooling, or logits, in the arithmetic's definition."""
-        sums = self.sums(layer, x)                                          # cnn1: (N, 16, 220, 220)
+    def rescale(self, layer, sums):
+        """Sums of products -> integers of the layer's place, before pooling, or FP32 logits."""
         shape = (-1, *[1] * (sums.dim() - 2))                               # one value per output channel
         bias, multiplier = getattr(self, layer.name).bias.reshape(shape), self.multiplier(layer).reshape(shape)
-        if is_fp32(layer.place):
+        if self.is_fp32(layer.place):
             return sums * multiplier + bias * multiplier                    # FP32 (N, 2)
-        to = int_range(is_unsigned(layer.place))
+        to = self.integers[layer.place]
         return requantize(sums, bias, multiplier, to._replace(low=0) if layer.relu else to)
+
+    def reference(self, layer, x):
+        """Integers of one place -> integers of the next before pooling, or logits, in the arithmetic's definition."""
+        return self.rescale(layer, self.sums(layer, x))                     # cnn1: (N, 16, 220, 220)
 
     def onednn(self, layer, x):
         """The same in one INT8 kernel. Its output saturates at 8 bits; narrower integers are clipped after it."""
-        if is_fp32(layer.place):
-            return kernel(x, self.packed[layer.name], torch.float32, relu=False)
-        to = int_range(is_unsigned(layer.place))
+        if layer.name == "fc2":         # two columns: setting up the kernel would take longer than these int32 sums
+            return self.rescale(layer, torch._int_mm(x, self.fc2.weight.t()))
+        to = self.integers[layer.place]
         if layer.relu:
             x = kernel(x, self.packed[layer.name], torch.uint8, relu=True)
             return x if to.high == 255 else x.clip_(max=to.high).view(to.dtype)
@@ -539,15 +608,15 @@ class INT8_Model(nn.Module):
 
     def use_kernels(self):
         """Switch to `onednn`. Raises RuntimeError or AttributeError where torch has no such kernels."""
-        for layer in LAYERS:
+        for layer in LAYERS[:-1]:
             part, multiplier = getattr(self, layer.name), self.multiplier(layer)
             self.packed[layer.name] = pack(part.weight, multiplier, part.bias * multiplier)
         self.engine = "onednn"
 
     def activations(self, x):
         """Yield (place, values): uint8 or int8 tensors, and last the FP32 logits or their int8 integers."""
-        if not (x.dtype == torch.uint8 and is_unsigned("input") and BIT == 8 and self.scale_input == 1):
-            x = quantize(x, self.scale_input, int_range(is_unsigned("input")))
+        if not (x.dtype == torch.uint8 and self.integers["input"].high == 255 and self.scale_input == 1):
+            x = quantize(x, self.scale_input, self.integers["input"])
         yield "input", x                                        # uint8 (N, 3, 224, 224)
         execute = self.onednn if self.engine == "onednn" else self.reference
         for layer in LAYERS:
@@ -559,11 +628,99 @@ class INT8_Model(nn.Module):
     def forward(self, x):
         for _, x in self.activations(x):
             pass
-        return x if is_fp32("fc2") else x / self.scale_fc2
+        return x if self.is_fp32("fc2") else x / self.scale_fc2
 
 
 # %% [markdown]
-# ## Loading the checkpoint
+# ## Closer to FP32
+# Rounding each weight and value to its nearest integer is not the best that integers can do. None of the three
+# methods below changes what the INT8 network computes with, only which integers it is given; none needs a label.
+
+# %%
+@torch.no_grad()
+def equalize(model):
+    """Rescale channels of a folded model in place, weak ones up; its logits stay. Returns {place: factors (C,)}.
+
+    All channels of a place share one scale, set by the strongest, so weak ones use few of the integers. ReLU and
+    pooling let a positive factor s through: times s in the layer that writes a channel, divided by s in the one
+    that reads it. s = sqrt(largest range / the channel's range) goes half of the way, which leaves weak channels
+    room for values that calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
+    """
+    found = {}
+    for layer, reader in zip(LAYERS, LAYERS[1:]):
+        if layer.relu:
+            part, weight = getattr(model, layer.name), getattr(model, reader.name).weight
+            ranges = getattr(model, f"range_{layer.place}")
+            largest = ranges.amax().clamp(min=SMALLEST)
+            factors = (largest / torch.maximum(ranges, largest / 16)).sqrt()       # at most 4: a silent channel may wake
+            part.weight *= factors.reshape(-1, 1, 1, 1)
+            part.bias *= factors
+            ranges *= factors
+            per_channel = weight.reshape(len(weight), len(factors), -1)     # fc1 reads 11 x 11 values of a channel
+            weight.copy_((per_channel / factors.reshape(-1, 1)).reshape(weight.shape))
+            found[layer.place] = factors
+    return found
+
+
+def gptq(weight, w_scale, moments, to):
+    """Round FP32 weights (out, K) one input after the other, the error of each made up for by those still to come.
+
+    moments (K, K): how inputs go together, X X' over the patches X (K, positions) of calibration pictures. Two
+    pixels that are nearly always alike can share an error: one weight rounded up, the next down. w_scale: (out, 1).
+    Returns integers (out, K) of the type `to` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    """
+    damping = 0.01 * moments.diagonal().mean() + SMALLEST
+    inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), device=moments.device))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    weight, rounded = weight.clone(), torch.zeros_like(weight, dtype=to.dtype)
+    for k in range(weight.shape[1]):
+        rounded[:, k] = quantize(weight[:, k], w_scale[:, 0], to)
+        error = weight[:, k] - rounded[:, k] / w_scale[:, 0]
+        weight[:, k:] -= error[:, None] / upper[k, k] * upper[k, k:]
+    return rounded
+
+
+@torch.no_grad()
+def refine(int8_model, model, pixels):
+    """Layer by layer, round the weights by `gptq` and correct the bias, on what calibration pictures make of them.
+
+    model: the folded FP32 network that int8_model was made from; pixels: uint8 (n, 3, 224, 224). A layer's bias moves
+    by the mean difference between its FP32 and its INT8 output, where the INT8 layers before it give its input (Nagel
+    et al. 2019, section 4.2). Returns {layer: largest move of a bias, in the layer's FP32 units}.
+    """
+    def mean(x):                                                                # over positions: (n, out)
+        return x.flatten(2).mean(2) if x.dim() == 4 else x
+
+    moved, xs = {}, [chunk.float() for chunk in pixels.split(5)]                # FP32 inputs of a layer
+    qs = [next(int8_model.activations(chunk))[1] for chunk in pixels.split(5)]  # INT8 inputs
+    for layer in LAYERS if GPTQ or BIAS_CORRECTION else []:
+        part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
+        w_scale = part8.w_scale.expand(part8.bias.shape)
+        if GPTQ and layer.bn:       # a fully connected layer has one position a picture: too few for its many inputs
+            patches = (F.unfold(q.float(), part.kernel_size, stride=4) for q in qs)     # (5, K, positions)
+            moments = sum(torch.einsum("nkp,njp->kj", chunk, chunk) for chunk in patches).double()
+            part8.weight.copy_(gptq(part.weight.flatten(1).double(), w_scale[:, None].double(), moments,
+                                    int_range(BIT)).reshape(part8.weight.shape))
+        relu = getattr(model, layer.relu) if layer.relu else nn.Identity()
+        bias = part8.bias.reshape(-1, *[1] * (part.weight.dim() - 2))
+        unit = getattr(int8_model, f"scale_{layer.source}") * w_scale           # integers per unit of a sum
+        sums, gaps = [], []
+        for i, q in enumerate(qs):
+            x = relu(part(xs[i] if layer.pool else xs[i].flatten(1)))           # cnn1: FP32 (5, 16, 220, 220)
+            sums.append(int8_model.sums(layer, q if layer.pool else q.flatten(1)))
+            gaps.append(mean(x) - mean(relu(sums[i] + bias)) / unit)
+            xs[i] = int8_model.maxpool(x) if layer.pool else x
+        if BIAS_CORRECTION:
+            gap, limit = torch.cat(gaps).mean(0), 2**(BIAS_BIT - 1) - 1
+            part8.bias.copy_((part8.bias + torch.round(gap * unit).double()).clip(-limit, limit))
+            moved[layer.name] = gap.abs().max().item()
+        qs = [int8_model.rescale(layer, chunk) for chunk in sums]
+        qs = [int8_model.maxpool(q) for q in qs] if layer.pool else qs
+    return moved
+
+
+# %% [markdown]
+# ## Checkpoints
 # Nothing that a checkpoint brings is executed: torch's safe loader builds tensors and plain values, and, for the
 # notebook's own format, objects of the classes listed here, from which only tensors are read.
 
@@ -583,16 +740,17 @@ def tensors_of(module):
 
 
 def weights_of(model):
-    """{name: tensor} of an FP32 model's weights, biases and batch-norm statistics, without ranges and scales."""
+    """{name: tensor} of an FP32 model's weights, biases and batch-norm statistics, without ranges."""
     return {name: value for name, value in model.state_dict().items()
-            if value.is_floating_point() and not name.startswith(("range_", "scale_"))}
+            if value.is_floating_point() and not name.startswith("range_")}
 
 
 def load_checkpoint(path):
-    """Read {"model": state_dict or CNN_Model} and return (the names it holds, the FP32 CNN_Model on DEVICE).
+    """Return (the names that a checkpoint holds, its model on DEVICE).
 
-    Raises InputError when the file is missing, damaged or unsafe, or when a weight is missing, of another shape,
-    or not finite.
+    {"model": state_dict or CNN_Model} gives a CNN_Model, {"model": tensors, "recipe": {constant: value}}, as
+    `save_checkpoint` writes it, an INT8_Model. Raises InputError when the file is missing, damaged or unsafe, or when
+    a tensor is missing, of another shape or type, or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -600,27 +758,68 @@ def load_checkpoint(path):
     try:
         with torch.serialization.safe_globals(ALLOWED_CLASSES), warnings.catch_warnings(action="ignore"):
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved = saved["model"]
+        recipe, saved = saved.get("recipe"), saved["model"]
+        recipe = None if recipe is None else {name: recipe[name] for name in RECIPE}
         saved = tensors_of(saved) if isinstance(saved, CNN_Model) else dict(saved)
     except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
         reason = (f"holds {unsafe[1]}, which this network does not need; it was not loaded" if unsafe else
                   f"is damaged or no checkpoint ({type(error).__name__})")
         raise InputError(f"checkpoint {path} {reason}: give a file with {{'model': state_dict}}") from None
-    model = CNN_Model()
-    needed = weights_of(model)
+    for name, value in (recipe or {}).items():
+        is_legal, what = legal_values()[name]
+        if not is_legal(value):
+            raise InputError(f"checkpoint {path}: its recipe has no legal {name}, which is {what}; quantize again")
+    model = CNN_Model() if recipe is None else INT8_Model(recipe)
+    needed = weights_of(model) if recipe is None else model.state_dict()
     for name, value in needed.items():
-        found = saved.get(name)
-        problem = ("is missing" if not isinstance(found, torch.Tensor) else
-                   f"is no dense floating-point tensor ({found.dtype})" if found.layout != torch.strided
-                   or found.is_meta or not found.is_floating_point() else
-                   f"has shape {tuple(found.shape)}, not {tuple(value.shape)}" if found.shape != value.shape else
-                   "has a NaN or an infinity in it, as FP32" if not found.float().isfinite().all() else
-                   "has a negative variance in it" if name.endswith("running_var") and (found < 0).any() else None)
+        problem = problem_of(name, saved.get(name), value, recipe)
         if problem:
             raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
     model.load_state_dict({name: saved[name] for name in needed}, strict=False)
     return list(saved), model.to(DEVICE).eval().to(memory_format=torch.channels_last)
+
+
+def problem_of(name, found, needed, recipe):
+    """What is wrong with a checkpoint's tensor, in words; None when it can stand for `needed`."""
+    if not isinstance(found, torch.Tensor):
+        return "is missing"
+    if found.layout != torch.strided or found.is_meta or found.is_quantized:
+        return f"is no dense tensor ({found.dtype})"
+    if found.dtype != needed.dtype and not (found.is_floating_point() and needed.is_floating_point()):
+        return f"is {found.dtype}, not {needed.dtype}"
+    if found.shape != needed.shape:
+        return f"has shape {tuple(found.shape)}, not {tuple(needed.shape)}"
+    if not found.float().isfinite().all():
+        return "has a NaN or an infinity in it, as FP32"
+    if name.endswith("running_var") and (found < 0).any():
+        return "has a negative variance in it"
+    if "scale" in name and not (found.float() > 0).all():
+        return "has a scale in it that is not positive"
+    if not found.is_floating_point():
+        limit = 2**(recipe["BIT" if name.endswith("weight") else "BIAS_BIT"] - 1) - 1
+        if (found.long().abs() > limit).any():
+            return f"has an integer in it beyond {limit}"
+    return None
+
+
+def save_checkpoint(model, path):
+    """Write an INT8_Model: its recipe, and tensors. Raises InputError when the file cannot be written."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    file = io.BytesIO()
+    torch.save({"recipe": model.recipe, "model": tensors}, file)
+    write_whole(path, file.getvalue())
+
+
+def write_whole(path, content):
+    """Write bytes to a file, whole or not at all. Raises InputError when it cannot be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}; set OUTPUT_DIR") from None
 
 
 # %% [markdown]
@@ -669,7 +868,7 @@ def calibrate(model, pictures):
     outcome = evaluate("FP32", fused, pictures)
     for place in PLACES:
         range_data = getattr(fused, f"range_{place}")
-        if not range_data.isfinite():
+        if not range_data.isfinite().all():
             raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller weights")
         getattr(model, f"range_{place}").copy_(range_data)
     return outcome
@@ -728,16 +927,16 @@ def wilson(correct, n, z=1.959964):
     return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
 
 
-def layer_rows(model, int8_model):
+def layer_rows(int8_model):
     """One dict a layer: what quantization made of it."""
     rows = []
     for layer in LAYERS:
-        part = getattr(int8_model, layer.name)
+        part, to = getattr(int8_model, layer.name), int8_model.integers[layer.place]
+        scale_out = getattr(int8_model, f"scale_{layer.place}").item()
         rows.append({
-            "name": layer.name, "shape": list(part.weight.shape),
-            "range": getattr(model, f"range_{layer.place}").item(),
-            "scale_in": getattr(model, f"scale_{layer.source}").item(),
-            "scale_out": None if is_fp32(layer.place) else getattr(model, f"scale_{layer.place}").item(),
+            "name": layer.name, "shape": list(part.weight.shape), "range": to.high / scale_out,
+            "scale_in": getattr(int8_model, f"scale_{layer.source}").item(),
+            "scale_out": None if int8_model.is_fp32(layer.place) else scale_out,
             "weight_scale": part.w_scale.tolist(),
             "accumulator_bits": int8_model.accumulator_bits(layer)})
     return rows
@@ -754,55 +953,71 @@ def print_layers(rows):
               f"{row['accumulator_bits']}")
 
 
-def sizes(model, int8_model):
-    """Bytes of the FP32 parameters, and of the quantized ones: weights of BIT bits, biases of BIAS_BIT, FP32 scales."""
-    bits = {torch.int8: BIT, torch.int32: BIAS_BIT, torch.float32: 32}
-    fp32 = sum(value.numel() * 4 for value in weights_of(model).values())
-    int8 = sum(math.ceil(value.numel() * bits[value.dtype] / 8) for value in int8_model.state_dict().values())
-    return {"fp32": fp32, "int8": int8}
+def size_of(model):
+    """Bytes of a model's parameters: FP32, or weights of BIT bits, biases of BIAS_BIT and FP32 scales."""
+    if isinstance(model, CNN_Model):
+        return 4 * sum(value.numel() for value in weights_of(model).values())
+    bits = {torch.int8: model.recipe["BIT"], torch.int32: model.recipe["BIAS_BIT"], torch.float32: 32}
+    return sum(math.ceil(value.numel() * bits[value.dtype] / 8) for value in model.state_dict().values())
 
 
-def build_report(constants, calibrated, skipped, fp32, int8, rows, size_bytes, engine, exact):
-    """Everything the run found out, as plain values for JSON. Raises InputError when pictures came or went."""
-    if fp32.files != int8.files:
-        raise InputError("pictures came or went while the run looked at them: run it again")
+def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, exact):
+    """Everything the run found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run.
 
+    Raises InputError when pictures came or went between the passes.
+    """
     def accuracy(outcome):
         correct = round(outcome.top1 / 100 * len(outcome.files))
         return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
                 "ms_per_image": outcome.ms_per_image}
 
-    flips = [{"file": fp32.files[i], "label": ("cat", "dog")[fp32.labels[i]],
+    report = {
+        "constants": constants, "recipe": int8_model.recipe, "torch": torch.__version__, "device": str(DEVICE),
+        "images": {"evaluated": len(int8.files), "calibrated": calibrated},
+        "skipped": [{"file": f"{path.parent.name}/{path.name}", "reason": reason} for path, reason in skipped.items()],
+        "fp32": None, "int8": {"engine": int8_model.engine, **accuracy(int8)}, "speedup": None, "exact": exact,
+        "agreement": None, "flips": [], "logit_sqnr_db": None, "layers": layer_rows(int8_model),
+        "size_bytes": {"fp32": None, "int8": size_of(int8_model)}}
+    if fp32 is None:
+        return report
+    if fp32.files != int8.files:
+        raise InputError("pictures came or went while the run looked at them: run it again")
+    flips = [{"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
               "fp32_logits": fp32.logits[i].tolist(), "int8_logits": int8.logits[i].tolist()}
              for i in (fp32.classes != int8.classes).nonzero().flatten().tolist()]
     noise = (fp32.logits - int8.logits).double().square().sum().item()
     signal = fp32.logits.double().square().sum().item()
-    return {
-        "constants": constants, "torch": torch.__version__, "device": str(DEVICE),
-        "images": {"evaluated": len(fp32.files), "calibrated": calibrated},
-        "skipped": [{"file": f"{path.parent.name}/{path.name}", "reason": reason} for path, reason in skipped.items()],
-        "fp32": accuracy(fp32), "int8": {"engine": engine, **accuracy(int8)},
-        "speedup": fp32.ms_per_image / int8.ms_per_image, "exact": exact,
+    report["size_bytes"]["fp32"] = size_of(model)
+    return report | {
+        "fp32": accuracy(fp32), "speedup": fp32.ms_per_image / int8.ms_per_image,
         "agreement": 1 - len(flips) / len(fp32.files), "flips": flips,
-        "logit_sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None,
-        "layers": rows, "size_bytes": size_bytes}
+        "logit_sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None}
 
 
 def print_summary(report):
     n = report["images"]["evaluated"]
-    for name in ("fp32", "int8"):
+    for name in ("fp32", "int8") if report["fp32"] else ("int8",):
         row = report[name]
         print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
               f"{row['interval95'][0]:.1f} to {row['interval95'][1]:.1f} %, {row['ms_per_image']:.2f} ms a picture, "
               f"{report['size_bytes'][name]:,} bytes of parameters")
-    sqnr = "none" if report["logit_sqnr_db"] is None else f"{report['logit_sqnr_db']:.1f} dB"
-    print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {sqnr}; {len(report['flips'])} of {n} pictures "
-          f"changed their class; {len(report['skipped'])} files left out")
+    left_out = f"{len(report['skipped'])} files left out"
+    if report["fp32"]:
+        sqnr = "none" if report["logit_sqnr_db"] is None else f"{report['logit_sqnr_db']:.1f} dB"
+        print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {sqnr}, INT8 {report['speedup']:.1f} times as "
+              f"fast; {len(report['flips'])} of {n} pictures changed their class; {left_out}")
+    else:
+        print(left_out)
     for flip in report["flips"]:
         logits = [f"cat {cat:.3f} dog {dog:.3f}" for cat, dog in (flip["fp32_logits"], flip["int8_logits"])]
         print(f"  {flip['file']} ({flip['label']}): FP32 {logits[0]} -> INT8 {logits[1]}")
     for row in report["skipped"]:
         print(f"  left out {row['file']}: {row['reason']}")
+
+
+def print_pictures(pictures):
+    print(f"{pictures.folder}: {len(pictures)} pictures, {pictures.labels.count(0)} cat and "
+          f"{pictures.labels.count(1)} dog")
 
 
 def make_writable(folder):
@@ -814,18 +1029,6 @@ def make_writable(folder):
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write in {folder}: {error.strerror}; set OUTPUT_DIR") from None
-
-
-def write_report(report, folder):
-    """Write report.json whole or not at all. Raises InputError when the folder cannot be written."""
-    path, temporary = Path(folder) / "report.json", Path(folder) / f"report.json.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; set OUTPUT_DIR") from None
-    return path
 
 
 # %% [markdown]
@@ -841,36 +1044,50 @@ if __name__ == "__main__":
     print(f"device {DEVICE}, torch {torch.__version__}")
 
     # %% pictures and labels
-    calibration = evaluation = CatDogDataset(ROOT / DATA_DIR / CALIBRATION_SPLIT)
-    if EVALUATION_SPLIT != CALIBRATION_SPLIT:
-        evaluation = CatDogDataset(ROOT / DATA_DIR / EVALUATION_SPLIT)
-    for pictures in dict.fromkeys([calibration, evaluation]):
-        print(f"{pictures.folder}: {len(pictures)} pictures, {pictures.labels.count(0)} cat and "
-              f"{pictures.labels.count(1)} dog")
+    calibration = evaluation = CatDogDataset(ROOT / DATA_DIR / EVALUATION_SPLIT)
+    print_pictures(evaluation)
 
-    # %% checkpoint and model
+    # %% checkpoint and model; an INT8 checkpoint has the steps between here and the INT8 pass behind it
     names, model = load_checkpoint(ROOT / CHECKPOINT)
     print(f"pretrained_dict:\n dict_keys({names})")
-    print(model)
+    quantizing, fp32, calibrated = isinstance(model, CNN_Model), None, None
+    print(model if quantizing else f"INT8 checkpoint, made with {model.recipe}")
 
     # %% FP32 calibration: the observers see every picture
-    print(f"calibrating on {calibration.folder}")
-    fp32 = calibrated = calibrate(model, calibration)
-    for place in PLACES:
-        print(f"range_{place:<6} {getattr(model, f'range_{place}').item():.6g}")
-    if evaluation is not calibration:
-        print(f"evaluating on {evaluation.folder}")
-        fp32 = evaluate("FP32", model.fused(), evaluation)
+    if quantizing:
+        if CALIBRATION_SPLIT != EVALUATION_SPLIT:
+            calibration = CatDogDataset(ROOT / DATA_DIR / CALIBRATION_SPLIT)
+            print_pictures(calibration)
+        print(f"calibrating on {calibration.folder}")
+        fp32 = calibrate(model, calibration)
+        calibrated = len(fp32.files)
+        for place in PLACES:
+            print(f"range_{place:<6} {getattr(model, f'range_{place}').max().item():.6g}")
+        if calibration is not evaluation:
+            print(f"evaluating on {evaluation.folder}")
+            fp32 = evaluate("FP32", model.fused(), evaluation)
 
-    # %% conv + batch-norm folding, proven
+    # %% conv + batch-norm folding, and equalization: proven to keep the logits
     pixels = sample(evaluation)
-    change = largest_change(model, model.fused(), pixels)
-    print(f"folding changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
+    if quantizing:
+        folded = model.fused()
+        change = largest_change(model, folded, pixels)
+        print(f"folding changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
+        if EQUALIZE:
+            factors = [f"{place} {found.min():.2f} to {found.max():.2f}" for place, found in equalize(folded).items()]
+            change = largest_change(model, folded, pixels)
+            print(f"equalizing, channels times {', '.join(factors)}, changed a logit by at most {change:.3g}")
 
     # %% scales, integer weights and biases
-    int8_model = model.cl_scale()
-    rows = layer_rows(model, int8_model)
-    print_layers(rows)
+    if quantizing:
+        int8_model = folded.cl_scale()
+        moved = refine(int8_model, folded, sample(calibration, 100))
+        if BIAS_CORRECTION:
+            print("bias correction moved a bias by at most "
+                  + ", ".join(f"{value:.3g} in {layer}" for layer, value in moved.items()))
+    else:
+        int8_model = model
+    print_layers(layer_rows(int8_model))
 
     # %% the two executors, compared
     exact = choose_engine(int8_model, pixels)
@@ -881,8 +1098,15 @@ if __name__ == "__main__":
     int8 = evaluate("INT8", int8_model, evaluation)
 
     # %% summary
-    report = build_report(constants, len(calibrated.files), calibration.skipped | evaluation.skipped, fp32, int8, rows,
-                          sizes(model, int8_model), int8_model.engine, exact)
-    path = write_report(report, ROOT / OUTPUT_DIR)
+    report = build_report(constants, calibrated, calibration.skipped | evaluation.skipped, fp32, int8, model,
+                          int8_model, exact)
+
+    # %% what is kept: the INT8 network and the report
+    folder = ROOT / OUTPUT_DIR
+    if quantizing:
+        save_checkpoint(int8_model, folder / "INT8_checkpoint.pth.tar")
+        kept = INT8_Model.load(folder / "INT8_checkpoint.pth.tar")
+        print(f"loaded back, the INT8 checkpoint changes a logit by {largest_change(int8_model, kept, pixels):g}")
+    write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     print_summary(report)
-    print(f"wrote {path}")
+    print(f"wrote {folder}/report.json" + (" and INT8_checkpoint.pth.tar" if quantizing else ""))

@@ -15,7 +15,7 @@ LAYERS = [("cnn1", "bn1", "input", "cv1"), ("cnn2", "bn2", "cv1", "cv2"), ("cnn3
 PLACES = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
 TINY = np.float32(1e-12)            # a range below it counts as this
 
-Recipe = namedtuple("Recipe", "bit per_channel unsigned bias_bit quantize_logits")
+Recipe = namedtuple("Recipe", "bit per_channel unsigned bias_bit quantize_logits headroom")
 
 
 def linear(x, w):
@@ -86,7 +86,9 @@ def limits(recipe, place):
 
 
 def scales(recipe, ranges):
-    return {place: divide(limits(recipe, place)[1], np.maximum(np.float32(ranges[place]), TINY)) for place in PLACES}
+    room = {"cv4": recipe.headroom, "fc1": recipe.headroom}                     # what the fully connected layers read
+    return {place: divide(limits(recipe, place)[1], np.maximum(np.float32(ranges[place] * room.get(place, 1)), TINY))
+            for place in PLACES}
 
 
 def quantize(x, scale, low, high):

@@ -30,12 +30,12 @@ KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where t
 
 
 def default(bit=8):
-    return oracle.Recipe(bit, per_channel=True, unsigned=True, bias_bit=32, quantize_logits=False)
+    return oracle.Recipe(bit, per_channel=True, unsigned=True, bias_bit=32, quantize_logits=False, headroom=2)
 
 
 def notebook(bit=8):
     """The notebook's recipe; its biases have twice as many bits as its weights."""
-    return oracle.Recipe(bit, per_channel=False, unsigned=False, bias_bit=2 * bit, quantize_logits=True)
+    return oracle.Recipe(bit, per_channel=False, unsigned=False, bias_bit=2 * bit, quantize_logits=True, headroom=1)
 
 
 CASES = [recipe(bit) for recipe in (default, notebook) for bit in range(2, 9)]
@@ -109,7 +109,7 @@ def observe(model, pixels):
 
 
 def ranges_of(model):
-    return {place: getattr(model, f"range_{place}").item() for place in PLACES}
+    return {place: getattr(model, f"range_{place}").max().item() for place in PLACES}
 
 
 def scales_of(model):
@@ -180,7 +180,7 @@ def case(request, calibrated):
     """
     recipe = request.param
     with constants(recipe):
-        int8 = calibrated.cl_scale()
+        int8 = calibrated.fused().cl_scale()
         both = assert_same_pass(recipe, int8, PIXELS)
         bits = {layer.name: int8.accumulator_bits(layer) for layer in LAYERS}
     return SimpleNamespace(recipe=recipe, int8=int8, scales=scales_of(int8), integers=integers_of(int8), bits=bits,
@@ -199,7 +199,9 @@ def test_importing_runs_nothing(tmp_path, monkeypatch, capfd):
 
 
 def test_constants_are_the_default_recipe():
-    assert (script.BIT, script.PER_CHANNEL, script.UNSIGNED_RELU, script.BIAS_BIT, script.QUANTIZE_LOGITS) == default()
+    assert (script.BIT, script.PER_CHANNEL, script.UNSIGNED_RELU, script.BIAS_BIT, script.QUANTIZE_LOGITS,
+            script.HEADROOM) == default()
+    assert script.EQUALIZE and script.GPTQ and script.BIAS_CORRECTION
 
 
 def test_layers_are_the_oracles():
@@ -210,18 +212,17 @@ def test_layers_are_the_oracles():
 # Arithmetic
 
 @pytest.mark.parametrize("bit", range(2, 9))
-def test_int_range(bit, monkeypatch):
-    monkeypatch.setattr(script, "BIT", bit)
+def test_int_range(bit):
     half = 2**(bit - 1) - 1
-    assert tuple(script.int_range(unsigned=False)) == (-half, half, torch.int8)
-    assert tuple(script.int_range(unsigned=True)) == (0, 2**bit - 1, torch.uint8)
+    assert tuple(script.int_range(bit)) == (-half, half, torch.int8)
+    assert tuple(script.int_range(bit, unsigned=True)) == (0, 2**bit - 1, torch.uint8)
 
 
 def test_quantize_rounds_halves_to_even_and_clips():
-    to = script.int_range(unsigned=False)
+    to = script.int_range(8)
     x = torch.tensor([-200.0, -127.4, -1.5, -0.5, 0.49, 0.5, 1.5, 2.5, 126.5, 128.0, 1e9])
     assert script.quantize(x, torch.tensor(1.0), to).tolist() == [-127, -127, -2, 0, 0, 0, 2, 2, 126, 127, 127]
-    assert script.quantize(x, torch.tensor(1.0), script.int_range(unsigned=True)).tolist() == [
+    assert script.quantize(x, torch.tensor(1.0), script.int_range(8, unsigned=True)).tolist() == [
         0, 0, 0, 0, 0, 0, 2, 2, 126, 128, 255]
 
 
@@ -234,7 +235,7 @@ def test_requantize_rounds_product_and_sum_separately():
     assert (real != np.rint((sums + bias).astype(np.float32) * multiplier)).any()
     for low in (-127, 0):                               # 0: a ReLU
         found = script.requantize(torch.from_numpy(sums).float(), torch.from_numpy(bias).int(),
-                                  torch.from_numpy(multiplier), script.int_range(unsigned=False)._replace(low=low))
+                                  torch.from_numpy(multiplier), script.int_range(8)._replace(low=low))
         assert found.dtype == torch.int8
         np.testing.assert_array_equal(found, np.clip(real, low, 127))
 
@@ -289,9 +290,9 @@ def test_range_is_of_the_values_after_relu():
 def test_observer_takes_magnitudes():
     model = script.CNN_Model()
     for values, largest in [([-5.0, 2.0], 5.0), ([4.0, -4.5], 5.0), ([0.0, 6.0], 6.0)]:
-        model.update_range("fc1", torch.tensor(values))
-        assert model.range_fc1.item() == largest
-    assert model.range_fc2.item() == 0
+        model.update_range("fc2", torch.tensor([values]))
+        assert model.range_fc2.max().item() == largest
+    assert model.range_fc1.max().item() == 0
 
 
 def test_observers_keep_the_largest_of_all_batches():
@@ -345,7 +346,8 @@ def test_scales(case):
     for place, scale in oracle.scales(case.recipe, case.ranges).items():
         assert case.scales[place] == scale, place
         largest = 2**case.recipe.bit - 1 if case.recipe.unsigned and place[:2] != "fc" else 2**(case.recipe.bit - 1) - 1
-        assert case.ranges[place] * case.scales[place] == pytest.approx(largest, rel=1e-6)
+        room = case.recipe.headroom if place in ("cv4", "fc1") else 1
+        assert case.ranges[place] * room * case.scales[place] == pytest.approx(largest, rel=1e-6)
 
 
 def test_weights_and_biases(case):
@@ -423,18 +425,18 @@ def test_accumulator_bits(case):
 @pytest.mark.parametrize("recipe", [default(), notebook()], ids=case_name)
 def test_int8_logits_are_close_to_fp32(recipe, calibrated, expected):
     with constants(recipe):
-        logits = run(calibrated.cl_scale(), PIXELS)[1].numpy()
+        logits = run(calibrated.fused().cl_scale(), PIXELS)[1].numpy()
     assert np.abs(logits - expected["fc2"]).max() < 0.03 * np.abs(expected["fc2"]).max()
 
 
 def test_pixels_pass_unchanged(calibrated):
     """Raw pixels at scale 1 are integers already."""
-    assert calibrated.range_input == 255
-    assert torch.equal(run(calibrated.cl_scale(), PIXELS)[0]["input"], PIXELS)
+    assert ranges_of(calibrated)["input"] == 255
+    assert torch.equal(run(calibrated.fused().cl_scale(), PIXELS)[0]["input"], PIXELS)
 
 
 def test_a_picture_alone_and_in_a_batch(calibrated):
-    int8 = calibrated.cl_scale()
+    int8 = calibrated.fused().cl_scale()
     logits = run(int8, PIXELS)[1]
     for i in range(len(PIXELS)):
         assert torch.equal(run(int8, PIXELS[i:i + 1])[1], logits[i:i + 1])
@@ -446,12 +448,12 @@ def test_quantizing_leaves_the_fp32_network_and_gives_the_same_twice():
     model = network(STATE)
     model.load_state_dict(checkpoint, strict=False)
     logits = observe(model, PIXELS)
-    before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("scale_")}
-    first = model.cl_scale()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = model.fused().cl_scale()
     integers, outputs = {name: value.clone() for name, value in first.state_dict().items()}, run(first, PIXELS)[1]
     with constants(notebook(4)):
-        model.cl_scale()                                # another recipe in between changes nothing
-    second = model.cl_scale()
+        model.fused().cl_scale()                                # another recipe in between changes nothing
+    second = model.fused().cl_scale()
     for int8 in (first, second):
         assert all(torch.equal(integers[name], value) for name, value in int8.state_dict().items())
         assert torch.equal(run(int8, PIXELS)[1], outputs)
@@ -466,7 +468,7 @@ def test_quantizing_leaves_the_fp32_network_and_gives_the_same_twice():
 def test_sums_beyond_24_bits_are_exact():
     """fc1 with large inputs and weights of one sign. Its scales are set so that the sums' last digits are seen."""
     rng = np.random.default_rng(3)
-    int8 = observed(STATE).cl_scale()
+    int8 = observed(STATE).fused().cl_scale()
     inputs = torch.tensor([255, 253, 251, 254, 255, 249, 247, 253])     # cnn4 gives these, whatever it is shown
     int8.cnn4.weight.zero_()
     int8.cnn4.bias.copy_(inputs)
@@ -503,7 +505,7 @@ def plain(pixel):
 
 def assert_close_to_fp32(model, pixels, share=0.05):
     """INT8 logits finite and within a share of the largest FP32 logit; return the INT8 network."""
-    int8 = model.cl_scale()
+    int8 = model.fused().cl_scale()
     for name, value in int8.state_dict().items():
         assert value.isfinite().all(), name
     fp32, found = run(model, pixels)[1], run(int8, pixels)[1]
@@ -519,11 +521,11 @@ BOTH = pytest.mark.parametrize("recipe", [default(), notebook()], ids=case_name)
 @pytest.mark.parametrize("pixel", [0, 255])
 def test_plain_pictures(recipe, pixel, calibrated):
     with constants(recipe):
-        assert_same_pass(recipe, calibrated.cl_scale(), plain(pixel))           # calibrated on others
+        assert_same_pass(recipe, calibrated.fused().cl_scale(), plain(pixel))           # calibrated on others
     recipe = recipe._replace(bias_bit=32)       # 16 bits clip the biases behind a range of 0
     with constants(recipe):
         model = observed(STATE, plain(pixel))                                   # and on this one alone
-        assert model.range_input == pixel
+        assert ranges_of(model)["input"] == pixel
         assert_same_pass(recipe, assert_close_to_fp32(model, plain(pixel)), plain(pixel))
 
 
@@ -533,7 +535,7 @@ def test_all_weights_at_their_largest(recipe, sign):
     state = {name: np.full_like(value, sign * 0.01) if name.startswith(("cnn", "fc")) else value
              for name, value in STATE.items()}
     with constants(recipe):
-        int8 = observed(state).cl_scale()
+        int8 = observed(state).fused().cl_scale()
         assert set(int8.fc1.weight.unique().tolist()) == {sign * 127}
         assert_same_pass(recipe, int8, torch.cat([PIXELS, plain(255)]))
 
@@ -581,7 +583,7 @@ def test_dead_networks(name, recipe):
 def test_ranges_of_zero():
     """Quantized before any picture was shown: useless, but finite."""
     model = network(STATE)
-    int8 = model.cl_scale()
+    int8 = model.fused().cl_scale()
     assert all(value.isfinite().all() for value in int8.state_dict().values())
     assert run(int8, PIXELS)[1].isfinite().all()
     assert scales_of(int8)["cv1"] == oracle.divide(255, 1e-12)
@@ -595,7 +597,7 @@ def test_a_channel_of_tiny_weights_keeps_its_bias(weight):
     for key, value in [("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1 - 1e-5)]:
         state[f"bn1.{key}"][3] = value
     model = observed(state)
-    int8 = model.cl_scale()
+    int8 = model.fused().cl_scale()
     places, logits = run(int8, PIXELS)
     fp32, fp32_logits = run(model, PIXELS)
     assert fp32_logits[:, 0].numpy() == pytest.approx(0.5, rel=1e-3)
@@ -610,7 +612,7 @@ def test_a_channel_of_tiny_weights_keeps_its_bias(weight):
 def quantized(calibrated, **changes):
     recipe = default()._replace(**changes)
     with constants(recipe):
-        int8 = calibrated.cl_scale()
+        int8 = calibrated.fused().cl_scale()
         return SimpleNamespace(int8=int8, integers=integers_of(int8), places=run(int8, PIXELS)[0],
                                logits=run(int8, PIXELS)[1])
 
@@ -627,6 +629,7 @@ def test_unsigned_relu(calibrated):
     signed, unsigned = quantized(calibrated, unsigned=False), quantized(calibrated)
     for place in PLACES[:5]:
         assert (signed.places[place].dtype, unsigned.places[place].dtype) == (torch.int8, torch.uint8)
+    for place in PLACES[:4]:                            # cv4's range has headroom
         assert signed.places[place].max() <= 127 < unsigned.places[place].max()
     assert signed.places["fc1"].dtype == unsigned.places["fc1"].dtype == torch.int8
 
@@ -665,3 +668,171 @@ def test_bit(calibrated):
     logits = run(calibrated, PIXELS)[1]
     errors = [(quantized(calibrated, bit=bit).logits - logits).square().mean().item() for bit in (2, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_headroom(calibrated):
+    """Twice the range halves the integers where fully connected layers read, and nowhere else."""
+    tight, wide = quantized(calibrated, headroom=1), quantized(calibrated, headroom=2)
+    for net, cv4, fc1 in [(tight, 255, 127), (wide, 127.5, 63.5)]:
+        assert net.places["cv4"].max() == pytest.approx(cv4, abs=3)
+        assert net.places["fc1"].abs().max() == pytest.approx(fc1, abs=3)
+    for place in PLACES[:4]:
+        assert torch.equal(tight.places[place], wide.places[place])
+
+
+# Closer to FP32
+
+MANY = random_pixels(12, seed=4)
+
+
+def plain_int8(state, pixels):
+    """Folded network that has seen the pictures, and its INT8 network."""
+    folded = observed(state, pixels).fused()
+    return folded, folded.cl_scale()
+
+
+def test_equalizing_keeps_the_logits_and_evens_the_ranges():
+    state = {**STATE, "bn2.weight": STATE["bn2.weight"] * np.linspace(0.05, 1, 32, dtype=np.float32)}
+    state["bn4.weight"], state["bn4.bias"] = state["bn4.weight"].copy(), state["bn4.bias"].copy()
+    state["bn4.weight"][3] = state["bn4.bias"][3] = 0                           # a dead channel
+    folded, _ = plain_int8(state, PIXELS)
+    logits = run(folded, PIXELS)[1]
+    before = {place: getattr(folded, f"range_{place}").clone() for place in PLACES}
+    factors = script.equalize(folded)
+    assert list(factors) == ["cv1", "cv2", "cv3", "cv4"]
+    for place, found in factors.items():
+        ranges = before[place].numpy()
+        formula = np.sqrt(ranges.max() / np.maximum(ranges, ranges.max() / 16))
+        np.testing.assert_allclose(found, formula, rtol=1e-6)
+    assert factors["cv4"][3] == 4 and factors["cv2"].max() > 2
+    np.testing.assert_allclose(run(folded, PIXELS)[1], logits, atol=1e-5 * logits.abs().max())
+    # what observers would now see is what the rescaled ranges say; inputs and fully connected layers stay
+    ranges = {place: getattr(folded, f"range_{place}").clone() for place in PLACES}
+    for place in PLACES:
+        getattr(folded, f"range_{place}").zero_()
+    observe(folded, PIXELS)
+    for place in PLACES:
+        again = getattr(folded, f"range_{place}")
+        np.testing.assert_allclose(again, ranges[place], rtol=1e-4, atol=1e-5 * again.max())
+        if place in ("input", "fc1", "fc2"):
+            np.testing.assert_allclose(again, before[place], rtol=1e-4, atol=1e-5 * again.max())
+
+
+def test_equalizing_a_dead_network_stays_finite():
+    for name in ("second convolution", "everything"):
+        folded, _ = plain_int8(DEAD[name], PIXELS)
+        script.equalize(folded)
+        int8 = folded.cl_scale()
+        script.refine(int8, folded, PIXELS)
+        assert all(value.isfinite().all() for value in int8.state_dict().values())
+        assert torch.allclose(run(int8, PIXELS)[1], run(folded, PIXELS)[1], rtol=0.01)
+
+
+def optimal_rounding(w, scale, moments, low, high):
+    """GPTQ's definition without its factorization: round one input, solve for the best values of all that follow."""
+    damped = moments + 0.01 * moments.diagonal().mean() * np.eye(len(moments))
+    w, out = w.copy(), np.zeros(w.shape, int)
+    for k in range(w.shape[1]):
+        out[:, k] = np.clip(np.rint(w[:, k] * scale), low, high)
+        error = w[:, k] - out[:, k] / scale
+        if k + 1 < w.shape[1]:      # min over d of (d, -error) damped (d, -error)': d = error * H_kr H_rr^-1
+            rest = slice(k + 1, None)
+            w[:, rest] += error[:, None] * np.linalg.solve(damped[rest, rest], damped[rest, k])
+    return out
+
+
+@pytest.mark.parametrize("bit", [3, 8])
+def test_gptq_is_optimal_step_by_step(bit):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(20, 400)).cumsum(0) + 3                    # inputs that go together
+    w, to = rng.normal(size=(6, 20)), script.int_range(bit)
+    scale, moments = to.high / np.abs(w).max(1), x @ x.T
+    found = script.gptq(torch.from_numpy(w), torch.from_numpy(scale)[:, None], torch.from_numpy(moments), to)
+    assert found.dtype == torch.int8
+    np.testing.assert_array_equal(found, optimal_rounding(w, scale, moments, to.low, to.high))
+    nearest = np.clip(np.rint(w * scale[:, None]), to.low, to.high)
+    error = [np.square((w - q / scale[:, None]) @ x).sum() for q in (found.numpy(), nearest)]
+    assert error[0] < 0.4 * error[1]
+
+
+def patch_moments(q, kernel):
+    """Sums of products of the inputs of a convolution, over every fourth position of both axes."""
+    windows = np.lib.stride_tricks.sliding_window_view(q.astype(np.float64), (kernel, kernel), axis=(2, 3))[:, :, ::4, ::4]
+    patches = windows.transpose(1, 4, 5, 0, 2, 3).reshape(q.shape[1] * kernel**2, -1)
+    return patches @ patches.T
+
+
+def test_gptq_rounds_the_convolutions_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(script, "BIAS_CORRECTION", False)
+    folded, int8 = plain_int8(STATE, MANY)
+    before = integers_of(int8)
+    before = {name: tuple(value.copy() for value in values) for name, values in before.items()}
+    assert script.refine(int8, folded, MANY) == {}
+    after = integers_of(int8)
+    for layer in ("fc1", "fc2"):
+        np.testing.assert_array_equal(after[layer][0], before[layer][0])
+    weights, inputs = fused_weights(observed(STATE, MANY)), oracle.int8_pass(default(), MANY.numpy(), scales_of(int8), after)[0]
+    for layer, _, source, place in oracle.LAYERS[:4]:
+        w, q = weights[layer][0], inputs[source] if source == "input" else oracle.pool(inputs[source])
+        expected = optimal_rounding(w.reshape(len(w), -1).astype(np.float64), after[layer][2].astype(np.float64),
+                                    patch_moments(q, w.shape[2]), -127, 127)
+        same = (after[layer][0].reshape(len(w), -1) == expected).mean()
+        assert same > 0.999, (layer, same)                          # moments are summed in FP32: a tie may fall otherwise
+        assert (after[layer][0] != before[layer][0]).mean() > 0.05
+    for layer in before:
+        np.testing.assert_array_equal(after[layer][1], before[layer][1])        # biases stay
+        np.testing.assert_array_equal(after[layer][2], before[layer][2])
+
+
+@pytest.mark.parametrize("recipe", [default(), default(4), notebook()], ids=case_name)
+def test_bias_correction_is_the_mean_difference(recipe, monkeypatch):
+    """Layer by layer against the oracle: FP32 outputs, and INT8 outputs behind INT8 layers that are corrected already."""
+    monkeypatch.setattr(script, "GPTQ", False)
+    recipe = recipe._replace(bias_bit=32)
+    with constants(recipe):
+        folded, int8 = plain_int8(STATE, MANY)
+        plain = {name: tuple(value.copy() for value in values) for name, values in integers_of(int8).items()}
+        moved = script.refine(int8, folded, MANY)
+    scales, corrected = scales_of(int8), integers_of(int8)
+    fp32 = oracle.forward(STATE, MANY.numpy())
+    totals = oracle.int8_pass(recipe, MANY.numpy(), scales, corrected)[1]
+    for layer, bn, source, place in oracle.LAYERS:
+        unit = (scales[source] * corrected[layer][2]).astype(np.float64)
+        sums = totals[place] - oracle.per_channel(corrected[layer][1] - plain[layer][1], totals[place])
+        output = np.maximum(sums, 0) if bn else sums
+        axes = (0, 2, 3) if bn else 0
+        gap = fp32[place].mean(axes) - output.mean(axes) / unit
+        np.testing.assert_allclose(corrected[layer][1] - plain[layer][1], gap * unit, rtol=1e-3,
+                                   atol=1 + 1e-3 * np.abs(gap * unit).max(), err_msg=layer)
+        assert moved[layer] == pytest.approx(np.abs(gap).max(), rel=1e-2)
+        np.testing.assert_array_equal(corrected[layer][0], plain[layer][0])
+    if recipe.bit == 4:     # there the logits' mean error is large enough to be seen to go
+        with constants(recipe):
+            wrong = [np.abs((run(net, MANY)[1].numpy() - fp32["fc2"]).mean(0)).max() for net in (folded.cl_scale(), int8)]
+        assert wrong[1] < 0.2 * wrong[0]
+
+
+def test_bias_correction_stays_in_bias_bit(monkeypatch):
+    recipe = default(3)._replace(bias_bit=6)
+    with constants(recipe):
+        folded, int8 = plain_int8(STATE, PIXELS)
+        script.refine(int8, folded, PIXELS)
+    assert max(np.abs(bias).max() for _, bias, _ in integers_of(int8).values()) == 31
+
+
+def test_refined_network_runs_on_both_executors():
+    """All methods on: what comes out is an INT8 network as any other."""
+    folded, _ = plain_int8(STATE, MANY)
+    script.equalize(folded)
+    int8 = folded.cl_scale()
+    script.refine(int8, folded, MANY)
+    assert_same_pass(default(), int8, torch.cat([MANY[:2], plain(0), plain(255)]))
+
+
+def test_refining_nothing(monkeypatch):
+    monkeypatch.setattr(script, "GPTQ", False)
+    monkeypatch.setattr(script, "BIAS_CORRECTION", False)
+    folded, int8 = plain_int8(STATE, PIXELS)
+    before = {name: value.clone() for name, value in int8.state_dict().items()}
+    assert script.refine(int8, folded, PIXELS) == {}
+    assert all(torch.equal(before[name], value) for name, value in int8.state_dict().items())

@@ -1,0 +1,337 @@
+"""Time the script's INT8 pass against the engines that people install, and compare their answers with FP32.
+
+    pip install -r tools/requirements.txt
+    python tools/compare_engines.py --calibration FOLDER --evaluation FOLDER [--rounds 15] [--batches 1 5 32]
+
+Both folders hold pictures called cat.N.jpg and dog.N.jpg; without them, cat_dog/val is taken. Every engine gets the
+same checkpoint, the same 100 calibration pictures at most, the same evaluation pictures and the same number of
+threads. Each is given its batch in the form that it takes fastest; making that form is not timed. In each round every
+engine runs every batch size once over 32 pictures, in a changing order, so that drift hits all alike. What is left
+out, and why, is printed; the table is Markdown.
+"""
+import argparse
+import contextlib
+import io
+import logging
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TORCHINDUCTOR_FREEZING", "1")        # PT2E's INT8 kernels need constant weights
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+import quantize_catdog as script
+from compare_notebook import cpu_name
+
+MACS = 234_212_992      # multiply-adds a picture: 58.1 M + 143.8 M + 12.0 M + 0.6 M in the convolutions, 0.5 M behind
+
+
+class Engine:
+    """A way to run the network: run(batch of size n, as prepare made it) -> FP32 logits (n, 2)."""
+
+    def __init__(self, name, prepare, compile, size):
+        self.name, self.prepare, self.compile, self.size = name, prepare, compile, size
+
+    def logits(self, pixels, batch):
+        run = self.compile(batch)
+        whole = [run(self.prepare(pixels[i:i + batch])) for i in range(0, len(pixels) // batch * batch, batch)]
+        rest = len(pixels) % batch
+        if rest:
+            whole.append(self.compile(rest)(self.prepare(pixels[-rest:])))
+        return torch.cat([torch.as_tensor(np.asarray(logits)) for logits in whole]).float()
+
+
+def floats(pixels):
+    return pixels.float().contiguous()
+
+
+def notebook_engines(pixels, checkpoint):
+    """The notebook's own class: FP32 NCHW, and its float-simulated INT8, calibrated by its own observers."""
+    cells = {}
+    source = (ROOT / "tools" / "notebook_cells.py").read_text().split("class dataset")[0]
+    exec(compile(source, "notebook_cells.py", "exec"), cells)
+    models = []
+    for quantized in (False, True):
+        model = cells["CNN_Model"]().eval()
+        model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+        if quantized:
+            for chunk in pixels.split(5):
+                model(floats(chunk))
+            model.cl_scale()
+            model.Quantization = True
+        models.append(model)
+    size = checkpoint.stat().st_size
+    # the notebook divides the logits by FC2's weight scale; with their own, they can be compared with FP32
+    yield Engine("notebook FP32", floats, lambda batch: models[0], size)
+    yield Engine("notebook INT8 (float simulation)", floats, lambda batch: lambda x: models[1](x) / models[1].scale_fc2,
+                 size)
+
+
+def script_engines(model, pixels, folder):
+    """The script's own two passes, with the constants that it carries."""
+    model.observing = True
+    for chunk in pixels.split(20):
+        model(chunk)
+    model.observing = False
+    fp32 = model.fused()
+    folded = model.fused()
+    if script.EQUALIZE:
+        script.equalize(folded)
+    int8 = folded.cl_scale()
+    script.refine(int8, folded, pixels)
+    exact = script.choose_engine(int8, pixels[:20])
+    print(f"script: {int8.engine}, {exact['compared']:,} values compared with the reference, {exact['different']} differ")
+    script.save_checkpoint(int8, folder / "int8.pth.tar")
+    yield Engine("this script FP32", lambda x: x, lambda batch: fp32, (ROOT / script.CHECKPOINT).stat().st_size)
+    yield Engine("this script INT8", lambda x: x, lambda batch: int8, (folder / "int8.pth.tar").stat().st_size)
+
+
+def export_onnx(model, path):
+    """The folded network as an ONNX file, NCHW floats, any batch size."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    nodes, constants, x = [], [], "pixels"
+    for layer in script.LAYERS:
+        part = getattr(model, layer.name)
+        for key in ("weight", "bias"):
+            value = getattr(part, key).detach().contiguous().numpy()
+            constants.append(numpy_helper.from_array(value, f"{layer.name}.{key}"))
+        inputs = [f"{layer.name}.weight", f"{layer.name}.bias"]
+        if layer.bn:
+            nodes += [helper.make_node("Conv", [x, *inputs], [layer.name]),
+                      helper.make_node("Relu", [layer.name], [layer.relu]),
+                      helper.make_node("MaxPool", [layer.relu], [layer.pool], kernel_shape=[2, 2], strides=[2, 2])]
+            x = layer.pool
+        else:
+            if layer.source == "cv4":
+                nodes.append(helper.make_node("Flatten", [x], ["flat"]))
+                x = "flat"
+            nodes.append(helper.make_node("Gemm", [x, *inputs], [layer.name], transB=1))
+            x = layer.name
+    graph = helper.make_graph(
+        nodes, "catdog", [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, 224, 224])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["n", 2])], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+
+
+def onnxruntime_engines(path, pixels, folder):
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(pixels.split(5))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {"pixels": floats(batch).numpy()}
+
+    def engine(name, path):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return Engine(name, lambda x: floats(x).numpy(), lambda batch: lambda x: session.run(None, {"pixels": x})[0],
+                      path.stat().st_size)
+
+    yield engine("ONNX Runtime FP32", path)
+    quant_pre_process(path, folder / "prepared.onnx")
+    quantize_static(folder / "prepared.onnx", folder / "default.onnx", Reader())
+    yield engine("ONNX Runtime INT8, default", folder / "default.onnx")
+    quantize_static(folder / "prepared.onnx", folder / "u8.onnx", Reader(), per_channel=True,
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    yield engine("ONNX Runtime INT8, u8 per channel", folder / "u8.onnx")
+
+
+def openvino_engines(path, pixels, folder):
+    import nncf
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32"}          # else FP32 runs as bfloat16 where the CPU has it
+
+    def engine(name, model):
+        openvino.save_model(model, folder / "openvino.xml", compress_to_fp16=False)
+        size = sum((folder / f"openvino.{end}").stat().st_size for end in ("xml", "bin"))
+        steps = PrePostProcessor(model)
+        steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+        steps.input().model().set_layout(openvino.Layout("NCHW"))
+        model, requests = steps.build(), {}
+
+        def compile(batch):
+            if batch not in requests:
+                sized = model.clone()
+                sized.reshape([batch, 224, 224, 3])
+                requests[batch] = core.compile_model(sized, "CPU", settings).create_infer_request()
+            request = requests[batch]
+            return lambda x: request.infer({0: x}, share_inputs=True)[0].copy()
+
+        return Engine(name, lambda x: x.permute(0, 2, 3, 1).contiguous().numpy(), compile, size)
+
+    yield engine("OpenVINO FP32", core.read_model(path))
+    for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
+        data = nncf.Dataset([floats(x[None]).numpy() for x in pixels])
+        model = nncf.quantize(core.read_model(path), data, preset=preset, subset_size=len(pixels))
+        default = " (default)" if preset == nncf.QuantizationPreset.PERFORMANCE else ""
+        yield engine(f"OpenVINO, NNCF INT8, {preset.value}{default}", model)
+
+
+def pt2e_engines(model, pixels, folder):
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    last_place = torch.nn.Sequential(*[part for layer in script.LAYERS for part in (
+        ([torch.nn.Flatten()] if layer.source == "cv4" else []) + [getattr(model, layer.name)]
+        + ([torch.nn.ReLU(), torch.nn.MaxPool2d(2)] if layer.bn else []))]).eval()
+    example = floats(pixels[:2]).contiguous(memory_format=torch.channels_last)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(last_place, (example,), dynamic_shapes=({0: batch},)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(exported, quantizer)
+    for chunk in pixels.split(5):
+        prepared(floats(chunk))
+    converted = move_exported_model_to_eval(convert_pt2e(prepared))
+    torch.export.save(torch.export.export(converted, (example,), dynamic_shapes=({0: batch},)), folder / "pt2e.pt2")
+    compiled = {}
+
+    def compile(size):
+        if size not in compiled:
+            torch._dynamo.reset()
+            compiled[size] = torch.compile(converted, dynamic=False)
+        return compiled[size]
+
+    yield Engine("PyTorch PT2E INT8, compiled", lambda x: x.float().contiguous(memory_format=torch.channels_last),
+                 compile, (folder / "pt2e.pt2").stat().st_size)
+
+
+def gemm_rate(n=1024):
+    """Multiply-adds a second of a large uint8 x int8 matrix product, the best of 20: what VNNI reaches on these cores."""
+    weight = torch.randint(-127, 128, (n, n), dtype=torch.int8)
+    x = torch.randint(0, 256, (n, n), dtype=torch.uint8)
+    packed = script.pack(weight, torch.ones(n), torch.zeros(n))
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        script.kernel(x, packed, torch.float32, relu=False)
+        seconds.append(time.perf_counter() - start)
+    return n**3 / min(seconds)
+
+
+def pictures(folder, most=None):
+    """uint8 pixels (n, 3, 224, 224) and labels of a folder."""
+    batches = list(script.CatDogDataset(folder).batches())
+    pixels = torch.cat([batch.pixels for batch in batches])[:most]
+    return pixels.contiguous(memory_format=torch.channels_last), torch.cat([batch.labels for batch in batches])[:most]
+
+
+@torch.inference_mode()
+def measure(engines, pixels, batches, rounds):
+    """{(engine name, batch): [ms a picture of each round]}."""
+    times = {(engine.name, batch): [] for engine in engines for batch in batches}
+    ready = {(engine.name, batch): (engine.compile(batch), [engine.prepare(pixels[i:i + batch])
+                                                            for i in range(0, max(batch, 32 // batch * batch), batch)])
+             for engine in engines for batch in batches}
+    for key, (run, inputs) in ready.items():
+        run(inputs[0])
+    order = [(engine.name, batch) for engine in engines for batch in batches]
+    for _ in range(rounds):
+        random.shuffle(order)
+        for key in order:
+            run, inputs = ready[key]
+            time.sleep(0.02)            # the threads of the engine before this one stop spinning
+            run(inputs[0])
+            start = time.perf_counter()
+            for x in inputs:
+                run(x)
+            times[key].append(1e3 * (time.perf_counter() - start) / (len(inputs) * key[1]))
+    return times
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--calibration", type=Path, default=ROOT / "cat_dog" / "val")
+    parser.add_argument("--evaluation", type=Path, default=ROOT / "cat_dog" / "val")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 5, 32])
+    args = parser.parse_args()
+    for folder in (args.calibration, args.evaluation):
+        if not folder.is_dir():
+            parser.error(f"no folder {folder}")
+    warnings.filterwarnings("ignore")
+    random.seed(0)
+    calibration, _ = pictures(args.calibration, 100)
+    pixels, labels = pictures(args.evaluation)
+    _, model = script.load_checkpoint(ROOT / script.CHECKPOINT)
+    fused, engines, quality = model.fused(), [], {}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.no_grad():
+        folder = Path(folder)
+        for make, inputs in [(script_engines, (model, calibration, folder)),
+                             (notebook_engines, (calibration, ROOT / script.CHECKPOINT)),
+                             (onnxruntime_engines, (folder / "fp32.onnx", calibration, folder)),
+                             (openvino_engines, (folder / "fp32.onnx", calibration, folder)),
+                             (pt2e_engines, (fused, calibration, folder))]:
+            try:
+                if make is onnxruntime_engines:
+                    export_onnx(fused, folder / "fp32.onnx")
+                for engine in make(*inputs):
+                    quality[engine.name] = engine.logits(pixels, 32)
+                    engines.append(engine)
+            except Exception as error:          # one engine that is missing or fails is no reason to show no table
+                print(f"left out {make.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        times = measure(engines, pixels, args.batches, args.rounds)
+    print_table(engines, quality, times, labels, args)
+
+
+def print_table(engines, quality, times, labels, args):
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    reference = quality["this script FP32"]
+    print(f"\n{' '.join(['python', *sys.argv])}\n{cpu_name()}, {torch.get_num_threads()} threads, Python "
+          f"{platform.python_version()}, {versions()}\n{len(labels)} pictures; ms a picture: median (10th to 90th "
+          f"percentile) of {args.rounds} rounds; x: times as long as this script's INT8\n")
+    heads = [f"{what}, batch {batch}" for batch in args.batches for what in ("ms", "x")]
+    print("| engine | " + " | ".join(heads) + " | Top-1 | same class | logit SQNR | file, KB |")
+    print("|---" * (len(heads) + 5) + "|")
+    for engine in sorted(engines, key=lambda engine: -middle[engine.name, args.batches[-1]]):
+        cells = []
+        for batch in args.batches:
+            values = sorted(times[engine.name, batch])
+            low, high = values[len(values) // 10], values[-1 - len(values) // 10]
+            ratio = middle[engine.name, batch] / middle["this script INT8", batch]
+            cells += [f"{middle[engine.name, batch]:.2f} ({low:.2f}-{high:.2f})", f"{ratio:.2f}"]
+        logits = quality[engine.name]
+        noise = (logits - reference).double().square().sum().item()
+        sqnr = 10 * np.log10(reference.double().square().sum().item() / noise) if noise else float("inf")
+        same = (logits.argmax(1) == reference.argmax(1)).double().mean().item()
+        right = (logits.argmax(1) == labels).double().mean().item()
+        print(f"| {engine.name} | " + " | ".join(cells) + f" | {100 * right:.1f} % | {100 * same:.1f} % | {sqnr:.1f} dB | "
+              f"{engine.size / 1000:,.0f} |")
+    rate = gemm_rate()
+    print(f"\nA 1024 x 1024 x 1024 uint8 x int8 matrix product reaches {rate / 1e12:.2f} T multiply-adds a second here; at "
+          f"that rate the {MACS / 1e6:.0f} M of a picture take {1e3 * MACS / rate:.3f} ms. This script's INT8 pass reaches "
+          + ", ".join(f"{100 * MACS / rate / middle['this script INT8', batch] * 1e3:.0f} % of it at batch {batch}"
+                      for batch in args.batches) + ".")
+
+
+def versions():
+    from importlib.metadata import PackageNotFoundError, version
+    found = []
+    for name in ("torch", "onnxruntime", "openvino", "nncf", "torchao", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    main()

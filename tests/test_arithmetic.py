@@ -340,6 +340,11 @@ def test_folding_keeps_the_logits_and_the_model(calibrated, expected):
     assert all(torch.equal(before[name], value) for name, value in calibrated.state_dict().items())
 
 
+def test_quantizing_before_folding_is_refused(calibrated):
+    with pytest.raises(ValueError, match=r"fused\(\).cl_scale\(\)"):
+        calibrated.cl_scale()
+
+
 # Scales and integers, for each recipe and bit width
 
 def test_scales(case):

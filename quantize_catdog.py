@@ -35,7 +35,6 @@ file opens as a notebook too (VS Code, Jupytext).
 # %%
 import ctypes
 import io
-import itertools
 import json
 import math
 import os
@@ -67,7 +66,7 @@ EVALUATION_SPLIT = "val"                 # folder in it whose pictures are count
 CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights, as {"model": state_dict}; or an INT8 checkpoint, to run it alone
 OUTPUT_DIR = "results"                   # report.json and INT8_checkpoint.pth.tar are written here
 IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
-BATCH_SIZE = 5                           # pictures per step, 1 to 4096; changes speed and memory alone
+BATCH_SIZE = 5                           # pictures per step, 1 to 4096; speed and memory; sums may differ in their last digit
 NUM_WORKERS = 0                          # processes that decode pictures, 0 to 256; 0: this one decodes
 # the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1
 # and EQUALIZE, GPTQ, BIAS_CORRECTION False
@@ -78,7 +77,7 @@ BIAS_BIT = 32                            # width of the integers for biases, 2 t
 QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
 HEADROOM = 2                             # ranges before FC1 and FC2 are widened by this factor, 1 to 16
 EQUALIZE = True                          # rescale channels so that weak ones use more of the integers too
-GPTQ = True                              # round weights so that their errors cancel, or each to its nearest (False)
+GPTQ = True                              # round convolutions' weights so that errors cancel, or to nearest (False)
 BIAS_CORRECTION = True                   # move biases by the mean error that is left on calibration pictures
 INT8_ENGINE = "auto"                     # "onednn" kernels, "reference" arithmetic; "auto": onednn where they agree
 
@@ -398,7 +397,7 @@ class CNN_Model(nn.Module):
         self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = nn.Linear(8 * 11 * 11, 512)
         self.fc2 = nn.Linear(512, 2)
-        self.observing = False                                          # True in `calibrate` alone
+        self.observing = False                                          # True while calibrating
         channels = {"input": 3} | {layer.place: len(getattr(self, layer.name).bias) for layer in LAYERS}
         for place in PLACES:
             self.register_buffer(f"range_{place}", torch.zeros(channels[place]))    # largest |value| seen
@@ -434,9 +433,9 @@ class CNN_Model(nn.Module):
         return x
 
     def update_range(self, place, data):
-        """The observer: range = max(range, max |data|), for each channel. data: (N, C, height, width) or (N, C).
+        """The observer: range = max(range, largest magnitude), for each channel. data: (N, C, height, width) or (N, C).
 
-        Maps are pixels or come before a ReLU, where only what is positive counts: ranges start at 0.
+        Maps need no |data|: they are pixels, or a ReLU is to come that leaves what is positive. Ranges start at 0.
         """
         if data.dim() == 4:     # rows first, channels last as in memory: any other way takes 50 times as long
             largest = data.permute(0, 2, 3, 1).amax(1).amax((0, 1))
@@ -551,11 +550,15 @@ class INT8_Model(nn.Module):
 
     @torch.inference_mode()
     def predict(self, picture):
-        """A picture's file -> ("cat" or "dog", [cat's logit, dog's logit]). Raises InputError if it is broken."""
+        """A picture's file -> ("cat" or "dog", [cat's logit, dog's logit]).
+
+        Raises InputError, which ends a program that does not catch it, when the file cannot be decoded.
+        """
         try:
             pixels = torch.from_numpy(decode(picture)).permute(2, 0, 1)[None]
         except Exception as error:      # as in CatDogDataset
-            raise InputError(f"{picture} cannot be decoded: {type(error).__name__}: {error}") from None
+            raise InputError(f"{picture} cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") \
+                from None
         logits = self(pixels.to(DEVICE))[0].cpu()
         return CLASSES[logits.argmax()], logits.tolist()
 
@@ -640,8 +643,9 @@ class INT8_Model(nn.Module):
 
 # %% [markdown]
 # ## Closer to FP32
-# Rounding each weight and value to its nearest integer is not the best that integers can do. None of the three
-# methods below changes what the INT8 network computes with, only which integers it is given; none needs a label.
+# Rounding each weight to its nearest integer is not the best that integers can do. Besides HEADROOM, which `cl_scale`
+# applies since other pictures exceed the largest value of those that calibrate, three methods find better weights,
+# biases and scales for the same INT8 arithmetic. None needs a label.
 
 # %%
 @torch.no_grad()
@@ -675,7 +679,11 @@ def gptq(weight, w_scale, moments, to):
     moments (K, K): how inputs go together, X X' over the patches X (K, positions) of calibration pictures. Two
     pixels that are nearly always alike can share an error: one weight rounded up, the next down. w_scale: (out, 1).
     Returns integers (out, K) of the type `to` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+
+    Row k of `upper` holds how much of weight k's error each later one takes over, once those before k are fixed:
+    eliminating inputs one by one is what a Cholesky factorization of the inverse does.
     """
+    # a little of every input's own, else dead inputs, and those always alike, leave nothing to invert
     damping = 0.01 * moments.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), device=moments.device))
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -718,7 +726,7 @@ def refine(int8_model, model, pixels):
             gaps.append(mean(x) - mean(relu(sums[i] + bias)) / unit)
             xs[i] = int8_model.maxpool(x) if layer.pool else x
         if BIAS_CORRECTION:
-            gap, limit = torch.cat(gaps).mean(0), 2**(BIAS_BIT - 1) - 1
+            gap, limit = torch.cat(gaps).mean(0).nan_to_num(0, 0, 0), 2**(BIAS_BIT - 1) - 1     # 0: a mean overflowed
             part8.bias.copy_((part8.bias + torch.round(gap * unit).double()).clip(-limit, limit))
             moved[layer.name] = gap.abs().max().item()
         qs = [int8_model.rescale(layer, chunk) for chunk in sums]
@@ -784,6 +792,10 @@ def load_checkpoint(path):
         if problem:
             raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
     model.load_state_dict({name: saved[name] for name in needed}, strict=False)
+    for layer in LAYERS if recipe else []:
+        largest = model.largest_sum(layer) + getattr(model, layer.name).bias.long().abs()
+        if not (largest * model.multiplier(layer)).isfinite().all():
+            raise InputError(f"checkpoint {path}: scales around {layer.name} overflow FP32; quantize again")
     return list(saved), model.to(DEVICE).eval().to(memory_format=torch.channels_last)
 
 
@@ -820,6 +832,7 @@ def save_checkpoint(model, path):
 
 def write_whole(path, content):
     """Write bytes to a file, whole or not at all. Raises InputError when it cannot be written."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -871,11 +884,13 @@ def calibrate(model, pictures):
     changes nothing but the last digits.
     """
     fused = model.fused()
+    for place in PLACES:
+        getattr(fused, f"range_{place}").zero_()        # a cell that is run again forgets the pictures before
     fused.observing = True
     outcome = evaluate("FP32", fused, pictures)
     for place in PLACES:
         range_data = getattr(fused, f"range_{place}")
-        if not range_data.isfinite().all():
+        if not (range_data * HEADROOM).isfinite().all():
             raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller weights")
         getattr(model, f"range_{place}").copy_(range_data)
     return outcome
@@ -883,8 +898,13 @@ def calibrate(model, pictures):
 
 def sample(pictures, count=20):
     """Pixels of the first pictures, at most `count`, on DEVICE, to prove a transformation on."""
-    batches = itertools.islice(pictures.batches(), math.ceil(count / BATCH_SIZE))
-    return torch.cat([batch.pixels for batch in batches])[:count].to(DEVICE)
+    pixels, count_so_far = [], 0
+    for batch in pictures.batches():
+        pixels.append(batch.pixels)
+        count_so_far += len(batch.files)
+        if count_so_far >= count:
+            break
+    return torch.cat(pixels)[:count].to(DEVICE)
 
 
 @torch.inference_mode()
@@ -1058,7 +1078,7 @@ if __name__ == "__main__":
     names, model = load_checkpoint(ROOT / CHECKPOINT)
     print(f"pretrained_dict:\n dict_keys({names})")
     quantizing, fp32, calibrated = isinstance(model, CNN_Model), None, None
-    print(model if quantizing else f"INT8 checkpoint, made with {model.recipe}")
+    print(model if quantizing else f"INT8 checkpoint, made with {model.recipe}, whatever the constants say")
 
     # %% FP32 calibration: the observers see every picture
     if quantizing:

@@ -834,6 +834,15 @@ def test_refined_network_runs_on_both_executors():
     assert_same_pass(default(), int8, torch.cat([MANY[:2], plain(0), plain(255)]))
 
 
+def test_refining_where_fp32_overflows():
+    """Means beyond FP32 move no bias; every integer stays one that a checkpoint may hold."""
+    folded, int8 = plain_int8({**STATE, "fc1.weight": STATE["fc1.weight"] * np.float32(3e37)}, PIXELS)
+    for x in (folded.fc2.weight, folded.fc1.bias):
+        x.data.fill_(3e38)
+    script.refine(int8, folded, PIXELS)
+    assert all(np.abs(bias.astype(np.int64)).max() < 2**31 for _, bias, _ in integers_of(int8).values())
+
+
 def test_refining_nothing(monkeypatch):
     monkeypatch.setattr(script, "GPTQ", False)
     monkeypatch.setattr(script, "BIAS_CORRECTION", False)

@@ -453,6 +453,41 @@ def test_weights_that_overflow(tmp_path, state):
         quantize_catdog.calibrate(model, quantize_catdog.CatDogDataset(Place(tmp_path).val))
 
 
+def test_headroom_that_overflows(tmp_path, state):
+    """FC1's largest value is a number of FP32, twice that is not."""
+    pictures = quantize_catdog.CatDogDataset(Place(tmp_path).val)
+    model = quantize_catdog.CNN_Model().eval()
+    model.load_state_dict(state, strict=False)
+    quantize_catdog.calibrate(model, pictures)
+    factor = 2.5e38 / model.range_fc1.max()
+    changed = {name: state[name] * factor for name in ("fc1.weight", "fc1.bias")}
+    model.load_state_dict({**state, **changed, "fc2.weight": torch.zeros(2, 512)}, strict=False)
+    with pytest.raises(SystemExit, match="values at fc1 overflow FP32"):
+        quantize_catdog.calibrate(model, pictures)
+
+
+def test_calibrating_again_forgets_the_pictures_before(tmp_path, state):
+    bright, dark = Place(tmp_path / "a"), Place(tmp_path / "b")
+    for file in dark.val.iterdir():
+        Image.new("RGB", (224, 224), (9, 9, 9)).save(file)
+    model = quantize_catdog.CNN_Model().eval()
+    model.load_state_dict(state, strict=False)
+    for place, largest in [(bright, 255), (dark, 9)]:
+        quantize_catdog.calibrate(model, quantize_catdog.CatDogDataset(place.val))
+        assert model.range_input.max() == largest
+
+
+def test_sample_is_of_good_pictures_at_any_batch_size(tmp_path, monkeypatch):
+    place = Place(tmp_path, 20)
+    for name in ("cat.0.jpg", "dog.3.jpg"):
+        (place.val / name).write_bytes(b"broken")
+    found = []
+    for size in (1, 4, 7, 50):
+        monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", size)
+        found.append(quantize_catdog.sample(quantize_catdog.CatDogDataset(place.val), 10))
+    assert all(len(pixels) == 10 and torch.equal(pixels, found[0]) for pixels in found)
+
+
 @pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"model": None}, {"model": 3}, "text"])
 def test_file_without_a_model(tmp_path, saved):
     torch.save(saved, tmp_path / "c.pth.tar")
@@ -609,6 +644,9 @@ def change_scale(name, value):
     (change_scale("scale_cv1", 0), ["scale_cv1", "not positive"]),
     (change_scale("fc1.w_scale", -1), ["fc1.w_scale", "not positive"]),
     (change_scale("scale_input", math.nan), ["scale_input", "NaN"]),
+    (change_scale("scale_fc1", 1e-45), ["overflow", "fc2"]),
+    (change_scale("scale_fc1", 1e-38), ["overflow", "fc2"]),
+    (change_scale("cnn2.w_scale", 1e-38), ["overflow", "cnn2"]),
     (lambda saved: saved["recipe"].pop("BIT"), ["damaged"]),
     (lambda saved: saved["recipe"].update(BIT=9), ["recipe", "BIT", "2 to 8"]),
     (lambda saved: saved["recipe"].update(PER_CHANNEL="yes"), ["recipe", "PER_CHANNEL", "True or False"]),

@@ -80,12 +80,11 @@ def notebook_engines(pixels, checkpoint):
 
 def script_engines(model, pixels, folder):
     """The script's own two passes, with the constants that it carries."""
-    model.observing = True
-    for chunk in pixels.split(20):
-        model(chunk)
-    model.observing = False
-    fp32 = model.fused()
-    folded = model.fused()
+    fp32, folded = model.fused(), model.fused()
+    folded.observing = True
+    for chunk in pixels.split(script.BATCH_SIZE):
+        folded(chunk)
+    folded.observing = False
     if script.EQUALIZE:
         script.equalize(folded)
     int8 = folded.cl_scale()
@@ -281,6 +280,8 @@ def main():
     random.seed(0)
     calibration, _ = pictures(args.calibration, 100)
     pixels, labels = pictures(args.evaluation)
+    if args.rounds < 1 or not all(1 <= batch <= len(pixels) for batch in args.batches):
+        parser.error(f"give at least one round, and batches of 1 to {len(pixels)} pictures, which is all there are")
     _, model = script.load_checkpoint(ROOT / script.CHECKPOINT)
     fused, engines, quality = model.fused(), [], {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -296,9 +297,11 @@ def main():
                 for engine in make(*inputs):
                     quality[engine.name] = engine.logits(pixels, 32)
                     engines.append(engine)
-            except Exception as error:          # one engine that is missing or fails is no reason to show no table
+            except Exception as error:          # another's engine that is missing or fails is no reason to show no table
+                if make is script_engines:
+                    raise
                 print(f"left out {make.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            times = measure(engines, pixels, args.batches, args.rounds)
+        times = measure(engines, pixels, args.batches, args.rounds)
         macs, rate = multiply_adds(fused), gemm_rate()
     print(f"\n{' '.join(['python', *sys.argv])}\n{cpu_name()}, {torch.get_num_threads()} threads, Python "
           f"{platform.python_version()}, {versions()}\n{len(labels)} pictures; ms a picture: median (10th to 90th "

@@ -63,10 +63,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 DATA_DIR = "cat_dog"                     # folder that holds the splits
 CALIBRATION_SPLIT = "val"                # folder in it whose pictures set the ranges; no labels are used for that
 EVALUATION_SPLIT = "val"                 # folder in it whose pictures are counted in the accuracies
-CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights, as {"model": state_dict}; or an INT8 checkpoint, to run it alone
+CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights, {"model": state_dict}; or an INT8 checkpoint, run alone
 OUTPUT_DIR = "results"                   # report.json and INT8_checkpoint.pth.tar are written here
 IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
-BATCH_SIZE = 5                           # pictures per step, 1 to 4096; speed and memory; sums may differ in their last digit
+BATCH_SIZE = 5                           # pictures per step, 1 to 4096: speed, memory, the sums' last digit
 NUM_WORKERS = 0                          # processes that decode pictures, 0 to 256; 0: this one decodes
 # the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1
 # and EQUALIZE, GPTQ, BIAS_CORRECTION False

@@ -589,12 +589,14 @@ RECIPES = {"default": {}, "notebook's": dict(PER_CHANNEL=False, UNSIGNED_RELU=Fa
 
 @pytest.fixture(scope="module", params=RECIPES)
 def kept(request, tmp_path_factory, state):
-    """(INT8_Model, pixels, its checkpoint), for several recipes."""
+    """(INT8_Model, pixels, its checkpoint), for several recipes; `expected`: logits while the recipe was in the constants."""
     path = tmp_path_factory.mktemp("kept") / "INT8_checkpoint.pth.tar"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RECIPES[request.param].items():
             patch.setattr(quantize_catdog, name, value)
         int8, pixels = quantized(state)
+        with torch.no_grad():
+            int8.expected = int8(pixels)
     quantize_catdog.save_checkpoint(int8, path)
     return int8, pixels, path
 
@@ -608,7 +610,7 @@ def test_int8_checkpoint_loads_to_the_same_logits(kept, capfd):
     for name, value in expected.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value)
     with torch.no_grad():
-        assert torch.equal(loaded(pixels), int8(pixels))
+        assert torch.equal(loaded(pixels), int8.expected) and torch.equal(int8(pixels), int8.expected)
     assert [file.name for file in path.parent.iterdir()] == [path.name] and capfd.readouterr().out == ""
 
 

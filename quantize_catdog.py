@@ -170,6 +170,14 @@ def decode(path):
         return np.array(image.resize(IMAGE_SIZE))
 
 
+def decode_or_reason(path):
+    """What `decode` gives, or a text that says why the file cannot be decoded."""
+    try:
+        return decode(path)
+    except Exception as error:      # decoders raise nearly every type on broken bytes, none of which is our bug
+        return f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
 class Batch(NamedTuple):
     pixels: torch.Tensor    # uint8 (n, 3, height, width), channels-last in memory
     labels: torch.Tensor    # int64 (n,)
@@ -210,10 +218,7 @@ class CatDogDataset(Dataset):
 
     def __getitem__(self, index):
         """(pixels, index), or (reason, index) for a picture that cannot be decoded."""
-        try:
-            return decode(self.folder / self.files[index]), index
-        except Exception as error:      # decoders raise nearly every type on broken bytes, none of which is our bug
-            return f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}", index
+        return decode_or_reason(self.folder / self.files[index]), index
 
     def __getitems__(self, indices):
         """A batch of items at once, decoded on all cores: Pillow lets go of the interpreter while it decodes."""
@@ -554,12 +559,10 @@ class INT8_Model(nn.Module):
 
         Raises InputError, which ends a program that does not catch it, when the file cannot be decoded.
         """
-        try:
-            pixels = torch.from_numpy(decode(picture)).permute(2, 0, 1)[None]
-        except Exception as error:      # as in CatDogDataset
-            raise InputError(f"{picture} cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") \
-                from None
-        logits = self(pixels.to(DEVICE))[0].cpu()
+        pixels = decode_or_reason(picture)
+        if isinstance(pixels, str):
+            raise InputError(f"{picture} {pixels}")
+        logits = self(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(DEVICE))[0].cpu()
         return CLASSES[logits.argmax()], logits.tolist()
 
     def is_fp32(self, place):
@@ -571,9 +574,13 @@ class INT8_Model(nn.Module):
         weight = getattr(self, layer.name).weight.long()
         return weight.abs().flatten(1).sum(1) * self.integers[layer.source].high
 
+    def largest_accumulator(self, layer):
+        """The same with the bias included. (out,)"""
+        return self.largest_sum(layer) + getattr(self, layer.name).bias.long().abs()
+
     def accumulator_bits(self, layer):
-        """Bits of the largest possible |accumulator|, the bias included; int32 has 31."""
-        return int((self.largest_sum(layer) + getattr(self, layer.name).bias.long().abs()).max()).bit_length()
+        """Bits of the largest possible |accumulator|; int32 has 31."""
+        return int(self.largest_accumulator(layer).max()).bit_length()
 
     def multiplier(self, layer):
         """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where the logits stay FP32."""
@@ -677,7 +684,7 @@ def gptq(weight, w_scale, moments, to):
     """Round FP32 weights (out, K) one input after the other, the error of each made up for by those still to come.
 
     moments (K, K): how inputs go together, X X' over the patches X (K, positions) of calibration pictures. Two
-    pixels that are nearly always alike can share an error: one weight rounded up, the next down. w_scale: (out, 1).
+    pixels that are nearly always alike can share an error: one weight rounded up, the next down. w_scale: (out,).
     Returns integers (out, K) of the type `to` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
 
     Row k of `upper` holds how much of weight k's error each later one takes over, once those before k are fixed:
@@ -689,8 +696,8 @@ def gptq(weight, w_scale, moments, to):
     upper = torch.linalg.cholesky(inverse, upper=True)
     weight, rounded = weight.clone(), torch.zeros_like(weight, dtype=to.dtype)
     for k in range(weight.shape[1]):
-        rounded[:, k] = quantize(weight[:, k], w_scale[:, 0], to)
-        error = weight[:, k] - rounded[:, k] / w_scale[:, 0]
+        rounded[:, k] = quantize(weight[:, k], w_scale, to)
+        error = weight[:, k] - rounded[:, k] / w_scale
         weight[:, k:] -= error[:, None] / upper[k, k] * upper[k, k:]
     return rounded
 
@@ -706,22 +713,24 @@ def refine(int8_model, model, pixels):
     def mean(x):                                                                # over positions: (n, out)
         return x.flatten(2).mean(2) if x.dim() == 4 else x
 
+    if not (GPTQ or BIAS_CORRECTION):
+        return {}
     moved, xs = {}, [chunk.float() for chunk in pixels.split(5)]                # FP32 inputs of a layer
     qs = [next(int8_model.activations(chunk))[1] for chunk in pixels.split(5)]  # INT8 inputs
-    for layer in LAYERS if GPTQ or BIAS_CORRECTION else []:
+    for layer in LAYERS:
         part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
         w_scale = part8.w_scale.expand(part8.bias.shape)
         if GPTQ and layer.bn:       # a fully connected layer has one position a picture: too few for its many inputs
             patches = (F.unfold(q.float(), part.kernel_size, stride=4) for q in qs)     # (5, K, positions)
             moments = sum(torch.einsum("nkp,njp->kj", chunk, chunk) for chunk in patches).double()
-            part8.weight.copy_(gptq(part.weight.flatten(1).double(), w_scale[:, None].double(), moments,
+            part8.weight.copy_(gptq(part.weight.flatten(1).double(), w_scale.double(), moments,
                                     int_range(BIT)).reshape(part8.weight.shape))
         relu = getattr(model, layer.relu) if layer.relu else nn.Identity()
         bias = part8.bias.reshape(-1, *[1] * (part.weight.dim() - 2))
         unit = getattr(int8_model, f"scale_{layer.source}") * w_scale           # integers per unit of a sum
         sums, gaps = [], []
         for i, q in enumerate(qs):
-            x = relu(part(xs[i] if layer.pool else xs[i].flatten(1)))           # cnn1: FP32 (5, 16, 220, 220)
+            x = relu(model.linear(layer, xs[i]))                                # cnn1: FP32 (5, 16, 220, 220)
             sums.append(int8_model.sums(layer, q if layer.pool else q.flatten(1)))
             gaps.append(mean(x) - mean(relu(sums[i] + bias)) / unit)
             xs[i] = int8_model.maxpool(x) if layer.pool else x
@@ -781,8 +790,9 @@ def load_checkpoint(path):
         reason = (f"holds {unsafe[1]}, which this network does not need; it was not loaded" if unsafe else
                   f"is damaged or no checkpoint ({type(error).__name__})")
         raise InputError(f"checkpoint {path} {reason}: give a file with {{'model': state_dict}}") from None
+    legal = legal_values()
     for name, value in (recipe or {}).items():
-        is_legal, what = legal_values()[name]
+        is_legal, what = legal[name]
         if not is_legal(value):
             raise InputError(f"checkpoint {path}: its recipe has no legal {name}, which is {what}; quantize again")
     model = CNN_Model() if recipe is None else INT8_Model(recipe)
@@ -793,8 +803,7 @@ def load_checkpoint(path):
             raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
     model.load_state_dict({name: saved[name] for name in needed}, strict=False)
     for layer in LAYERS if recipe else []:
-        largest = model.largest_sum(layer) + getattr(model, layer.name).bias.long().abs()
-        if not (largest * model.multiplier(layer)).isfinite().all():
+        if not (model.largest_accumulator(layer) * model.multiplier(layer)).isfinite().all():
             raise InputError(f"checkpoint {path}: scales around {layer.name} overflow FP32; quantize again")
     return list(saved), model.to(DEVICE).eval().to(memory_format=torch.channels_last)
 
@@ -954,6 +963,13 @@ def wilson(correct, n, z=1.959964):
     return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
 
 
+def sqnr_db(signal, changed):
+    """Signal-to-quantization-noise ratio in dB; None when there is no signal or no noise."""
+    noise = (signal - changed).double().square().sum().item()
+    signal = signal.double().square().sum().item()
+    return 10 * math.log10(signal / noise) if signal and noise else None
+
+
 def layer_rows(int8_model):
     """One dict a layer: what quantization made of it."""
     rows = []
@@ -1012,13 +1028,11 @@ def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, 
     flips = [{"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
               "fp32_logits": fp32.logits[i].tolist(), "int8_logits": int8.logits[i].tolist()}
              for i in (fp32.classes != int8.classes).nonzero().flatten().tolist()]
-    noise = (fp32.logits - int8.logits).double().square().sum().item()
-    signal = fp32.logits.double().square().sum().item()
     report["size_bytes"]["fp32"] = size_of(model)
     return report | {
         "fp32": accuracy(fp32), "speedup": fp32.ms_per_image / int8.ms_per_image,
         "agreement": 1 - len(flips) / len(fp32.files), "flips": flips,
-        "logit_sqnr_db": 10 * math.log10(signal / noise) if signal and noise else None}
+        "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits)}
 
 
 def print_summary(report):

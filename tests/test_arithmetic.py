@@ -752,7 +752,7 @@ def test_gptq_is_optimal_step_by_step(bit):
     x = rng.normal(size=(20, 400)).cumsum(0) + 3                    # inputs that go together
     w, to = rng.normal(size=(6, 20)), script.int_range(bit)
     scale, moments = to.high / np.abs(w).max(1), x @ x.T
-    found = script.gptq(torch.from_numpy(w), torch.from_numpy(scale)[:, None], torch.from_numpy(moments), to)
+    found = script.gptq(torch.from_numpy(w), torch.from_numpy(scale), torch.from_numpy(moments), to)
     assert found.dtype == torch.int8
     np.testing.assert_array_equal(found, optimal_rounding(w, scale, moments, to.low, to.high))
     nearest = np.clip(np.rint(w * scale[:, None]), to.low, to.high)

@@ -44,11 +44,7 @@ class Engine:
         self.name, self.prepare, self.compile, self.size = name, prepare, compile, size
 
     def logits(self, pixels, batch):
-        run = self.compile(batch)
-        whole = [run(self.prepare(pixels[i:i + batch])) for i in range(0, len(pixels) // batch * batch, batch)]
-        rest = len(pixels) % batch
-        if rest:
-            whole.append(self.compile(rest)(self.prepare(pixels[-rest:])))
+        whole = [self.compile(len(chunk))(self.prepare(chunk)) for chunk in pixels.split(batch)]
         return torch.cat([torch.as_tensor(np.asarray(logits)) for logits in whole]).float()
 
 
@@ -235,11 +231,10 @@ def gemm_rate(n=1024):
     return n**3 / min(seconds)
 
 
-def pictures(folder, most=None):
+def pictures(folder):
     """uint8 pixels (n, 3, 224, 224) and labels of a folder."""
     batches = list(script.CatDogDataset(folder).batches())
-    pixels = torch.cat([batch.pixels for batch in batches])[:most]
-    return pixels.contiguous(memory_format=torch.channels_last), torch.cat([batch.labels for batch in batches])[:most]
+    return torch.cat([batch.pixels for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
 @torch.inference_mode()         # as the script runs its own
@@ -278,7 +273,7 @@ def main():
             parser.error(f"no folder {folder}")
     warnings.filterwarnings("ignore")
     random.seed(0)
-    calibration, _ = pictures(args.calibration, 100)
+    calibration = script.sample(script.CatDogDataset(args.calibration), 100)
     pixels, labels = pictures(args.evaluation)
     if args.rounds < 1 or not all(1 <= batch <= len(pixels) for batch in args.batches):
         parser.error(f"give at least one round, and batches of 1 to {len(pixels)} pictures, which is all there are")
@@ -306,11 +301,10 @@ def main():
     print(f"\n{' '.join(['python', *sys.argv])}\n{cpu_name()}, {torch.get_num_threads()} threads, Python "
           f"{platform.python_version()}, {versions()}\n{len(labels)} pictures; ms a picture: median (10th to 90th "
           f"percentile) of {args.rounds} rounds; x: times as long as this script's INT8\n")
-    middle = {key: statistics.median(values) for key, values in times.items()}
     print_table(engines, quality, times, labels, args.batches)
     print(f"\nA 1024 x 1024 x 1024 uint8 x int8 matrix product reaches {rate / 1e12:.2f} T multiply-adds a second here; at "
           f"that rate the {macs / 1e6:.0f} M of a picture take {1e3 * macs / rate:.3f} ms. This script's INT8 pass reaches "
-          + ", ".join(f"{100 * macs / rate / middle[OURS, batch] * 1e3:.0f} % of it at batch {batch}"
+          + ", ".join(f"{100 * macs / rate / statistics.median(times[OURS, batch]) * 1e3:.0f} % of it at batch {batch}"
                       for batch in args.batches) + ".")
 
 
@@ -329,12 +323,11 @@ def print_table(engines, quality, times, labels, batches):
             ratio = middle[engine.name, batch] / middle[OURS, batch]
             cells += [f"{middle[engine.name, batch]:.2f} ({low:.2f}-{high:.2f})", f"{ratio:.2f}"]
         logits = quality[engine.name]
-        noise = (logits - reference).double().square().sum().item()
-        sqnr = f"{10 * np.log10(reference.double().square().sum().item() / noise):.1f} dB" if noise else "-"
+        sqnr = script.sqnr_db(reference, logits)
         same = (logits.argmax(1) == reference.argmax(1)).double().mean().item()
         right = (logits.argmax(1) == labels).double().mean().item()
-        print(f"| {engine.name} | " + " | ".join(cells) + f" | {100 * right:.1f} % | {100 * same:.1f} % | {sqnr} | "
-              f"{engine.size / 1000:,.0f} |")
+        print(f"| {engine.name} | " + " | ".join(cells) + f" | {100 * right:.1f} % | {100 * same:.1f} % | "
+              f"{'-' if sqnr is None else f'{sqnr:.1f} dB'} | {engine.size / 1000:,.0f} |")
 
 
 def versions():

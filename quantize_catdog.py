@@ -42,6 +42,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +69,7 @@ OUTPUT_DIR = "results"                   # report.json and INT8_checkpoint.pth.t
 IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
 BATCH_SIZE = 5                           # pictures per step, 1 to 4096: speed, memory, the sums' last digit
 NUM_WORKERS = 0                          # processes that decode pictures, 0 to 256; 0: this one decodes
+SWEEP_BITS = False                       # compare BIT 8 down to 2 as well; for 100 pictures that takes 2 seconds
 # the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1
 # and EQUALIZE, GPTQ, BIAS_CORRECTION False
 BIT = 8                                  # width of the integers for weights and activations, 2 to 8
@@ -110,6 +112,11 @@ RECIPE = ["BIT", "PER_CHANNEL", "UNSIGNED_RELU", "BIAS_BIT", "QUANTIZE_LOGITS", 
           "BIAS_CORRECTION"]
 
 
+def current_recipe():
+    """{constant: value} of those that decide the integers."""
+    return {name: globals()[name] for name in RECIPE}
+
+
 def legal_values():
     """{constant: (test, what to set it to)}."""
     def whole(low, high):
@@ -123,8 +130,8 @@ def legal_values():
     engine = lambda value: value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
     return {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
             "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(0, 256),
-            "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch, "BIAS_BIT": whole(2, 32),
-            "QUANTIZE_LOGITS": switch, "HEADROOM": factor, "EQUALIZE": switch, "GPTQ": switch,
+            "SWEEP_BITS": switch, "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch,
+            "BIAS_BIT": whole(2, 32), "QUANTIZE_LOGITS": switch, "HEADROOM": factor, "EQUALIZE": switch, "GPTQ": switch,
             "BIAS_CORRECTION": switch, "INT8_ENGINE": engine}
 
 
@@ -313,21 +320,21 @@ def fusion_conv_bn(conv, bn):
     return conv.weight * bn_gamma.reshape(-1, 1, 1, 1), conv.bias * bn_gamma + bn_beta
 
 
-def weight_quant(w, b, in_scale):
+def weight_quant(w, b, in_scale, recipe):
     """FP32 weight (out, ...) and bias (out,) -> int8 weight, int32 bias, and the weight's scale, (out,) or (1,).
 
     Products of inputs and weights carry the scale in_scale * w_scale; so must the bias that is added to them.
     """
-    to = int_range(BIT)
-    rows = (w if PER_CHANNEL else w[None]).flatten(1)                           # one row a scale
+    to = int_range(recipe["BIT"])
+    rows = (w if recipe["PER_CHANNEL"] else w[None]).flatten(1)                           # one row a scale
     w_scale = scale_of(to.high, rows.abs().amax(1))
-    if BIAS_BIT == 32:
+    if recipe["BIAS_BIT"] == 32:
         # next to weights of nearly 0 a bias would leave int32: then the bias sets the scale, at half of int32,
         # which leaves the other half to the products
         b_rows = b.reshape(len(rows), -1)
         w_scale = torch.minimum(w_scale, scale_of(2**30, b_rows.abs().amax(1) * in_scale))
     wq = quantize(w, w_scale.reshape(-1, *[1] * (w.dim() - 1)), to)
-    b_largest = 2**(BIAS_BIT - 1) - 1
+    b_largest = 2**(recipe["BIAS_BIT"] - 1) - 1
     bq = torch.round(b * (w_scale * in_scale)).double().clip(-b_largest, b_largest)     # FP32 cannot hold b_largest
     return wq, bq.to(torch.int32), w_scale
 
@@ -336,8 +343,8 @@ def weight_quant(w, b, in_scale):
 # ## The FP32 network and its observers
 # Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer sits at each
 # *place*: the input, each ReLU's output, each fully connected layer's output. It remembers the largest magnitude
-# that it has seen in each channel, `range_<place>`. The largest of them is the range that `cl_scale` turns into
-# the place's scale.
+# that it has seen in each channel, `range_<place>`, and the one of each picture. The largest of all is the range
+# that `cl_scale` turns into the place's scale.
 
 # %%
 class Layer(NamedTuple):
@@ -403,7 +410,9 @@ class CNN_Model(nn.Module):
         self.fc1 = nn.Linear(8 * 11 * 11, 512)
         self.fc2 = nn.Linear(512, 2)
         self.observing = False                                          # True while calibrating
-        channels = {"input": 3} | {layer.place: len(getattr(self, layer.name).bias) for layer in LAYERS}
+        self.maxima = {place: [] for place in PLACES}                   # largest |value| of each picture seen, (n, C)
+        channels = {"input": 3} | {layer.place: getattr(self, layer.name).out_channels if layer.bn else 1
+                                   for layer in LAYERS}
         for place in PLACES:
             self.register_buffer(f"range_{place}", torch.zeros(channels[place]))    # largest |value| seen
 
@@ -438,16 +447,18 @@ class CNN_Model(nn.Module):
         return x
 
     def update_range(self, place, data):
-        """The observer: range = max(range, largest magnitude), for each channel. data: (N, C, height, width) or (N, C).
+        """The observer: range = max(range, largest magnitude). data: (N, C, height, width), each channel by itself,
+        or (N, values), all as one channel.
 
         Maps need no |data|: they are pixels, or a ReLU is to come that leaves what is positive. Ranges start at 0.
         """
         if data.dim() == 4:     # rows first, channels last as in memory: any other way takes 50 times as long
-            largest = data.permute(0, 2, 3, 1).amax(1).amax((0, 1))
+            largest = data.permute(0, 2, 3, 1).amax(1).amax(1).clamp(min=0)
         else:
-            largest = data.abs().amax(0)
+            largest = data.abs().amax(1, keepdim=True)
+        self.maxima[place].append(largest)                              # (N, C)
         range_data = getattr(self, f"range_{place}")
-        range_data.copy_(torch.maximum(range_data, largest))
+        range_data.copy_(torch.maximum(range_data, largest.amax(0)))
 
     def fused(self):
         """A copy whose convolutions have taken in their batch norms; same logits up to rounding."""
@@ -461,20 +472,22 @@ class CNN_Model(nn.Module):
         return model.eval().to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def cl_scale(self):
+    def cl_scale(self, recipe=None):
         """Compute the scales from the ranges, quantize the weights, and return the INT8_Model.
 
-        This model keeps its FP32 weights. Raises ValueError unless it comes from `fused`.
+        recipe: the constants', unless another is given. This model keeps its FP32 weights. Raises ValueError unless
+        it comes from `fused`.
         """
         if isinstance(self.bn1, nn.BatchNorm2d):
             raise ValueError("fold the batch norms first: model.fused().cl_scale()")
-        model, state = INT8_Model({name: globals()[name] for name in RECIPE}), {}
+        model, state = INT8_Model(recipe or current_recipe()), {}
         for place, to in model.integers.items():
             range_data = getattr(self, f"range_{place}").amax()
-            state[f"scale_{place}"] = scale_of(to.high, range_data * (HEADROOM if place in BEFORE_FC else 1))
+            headroom = model.recipe["HEADROOM"] if place in BEFORE_FC else 1
+            state[f"scale_{place}"] = scale_of(to.high, range_data * headroom)
         for layer in LAYERS:
             part = getattr(self, layer.name)
-            quantized = weight_quant(part.weight, part.bias, state[f"scale_{layer.source}"])
+            quantized = weight_quant(part.weight, part.bias, state[f"scale_{layer.source}"], model.recipe)
             state |= {f"{layer.name}.{key}": tensor for key, tensor in zip(("weight", "bias", "w_scale"), quantized)}
         model.load_state_dict(state)
         return model.to(self.fc1.weight.device)
@@ -713,20 +726,21 @@ def refine(int8_model, model, pixels):
     def mean(x):                                                                # over positions: (n, out)
         return x.flatten(2).mean(2) if x.dim() == 4 else x
 
-    if not (GPTQ or BIAS_CORRECTION):
+    recipe = int8_model.recipe
+    if not (recipe["GPTQ"] or recipe["BIAS_CORRECTION"]):
         return {}
     moved, xs = {}, [chunk.float() for chunk in pixels.split(5)]                # FP32 inputs of a layer
     qs = [next(int8_model.activations(chunk))[1] for chunk in pixels.split(5)]  # INT8 inputs
     for layer in LAYERS:
         part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
         w_scale = part8.w_scale.expand(part8.bias.shape)
-        if GPTQ and layer.bn:       # a fully connected layer has one position a picture: too few for its many inputs
-            patches = (F.unfold(q.float(), part.kernel_size, stride=4) for q in qs)     # (5, K, positions)
+        if recipe["GPTQ"] and layer.bn:     # fully connected: one position a picture, too few for so many inputs
+            patches = (F.unfold(q.float(), part.kernel_size, stride=6) for q in qs)     # (5, K, positions)
             moments = sum(torch.einsum("nkp,njp->kj", chunk, chunk) for chunk in patches).double()
             part8.weight.copy_(gptq(part.weight.flatten(1).double(), w_scale.double(), moments,
-                                    int_range(BIT)).reshape(part8.weight.shape))
+                                    int_range(recipe["BIT"])).reshape(part8.weight.shape))
         relu = getattr(model, layer.relu) if layer.relu else nn.Identity()
-        bias = part8.bias.reshape(-1, *[1] * (part.weight.dim() - 2))
+        bias = part8.bias.float().reshape(-1, *[1] * (part.weight.dim() - 2))
         unit = getattr(int8_model, f"scale_{layer.source}") * w_scale           # integers per unit of a sum
         sums, gaps = [], []
         for i, q in enumerate(qs):
@@ -734,11 +748,12 @@ def refine(int8_model, model, pixels):
             sums.append(int8_model.sums(layer, q if layer.pool else q.flatten(1)))
             gaps.append(mean(x) - mean(relu(sums[i] + bias)) / unit)
             xs[i] = int8_model.maxpool(x) if layer.pool else x
-        if BIAS_CORRECTION:
-            gap, limit = torch.cat(gaps).mean(0).nan_to_num(0, 0, 0), 2**(BIAS_BIT - 1) - 1     # 0: a mean overflowed
+        if recipe["BIAS_CORRECTION"]:
+            limit = 2**(recipe["BIAS_BIT"] - 1) - 1
+            gap = torch.cat(gaps).mean(0).nan_to_num(0, 0, 0)                   # 0: a mean overflowed
             part8.bias.copy_((part8.bias + torch.round(gap * unit).double()).clip(-limit, limit))
             moved[layer.name] = gap.abs().max().item()
-        qs = [int8_model.rescale(layer, chunk) for chunk in sums]
+        qs = [int8_model.rescale(layer, sums.pop(0)) for _ in gaps]             # freed one by one
         qs = [int8_model.maxpool(q) for q in qs] if layer.pool else qs
     return moved
 
@@ -902,6 +917,7 @@ def calibrate(model, pictures):
         if not (range_data * HEADROOM).isfinite().all():
             raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller weights")
         getattr(model, f"range_{place}").copy_(range_data)
+        model.maxima[place] = torch.cat(fused.maxima[place])
     return outcome
 
 
@@ -952,9 +968,190 @@ def choose_engine(int8_model, pixels):
 
 
 # %% [markdown]
-# ## Report
+# ## What quantization did
+# Where is the error born? Where do the ranges come from? How many calibration pictures are enough? What would fewer
+# bits do? Is the difference between the answers more than chance? Nothing here changes a network.
 
 # %%
+BINS = 1024         # of a histogram, from 0 to the range
+
+
+def flat(x):
+    """All values in one row; maps in the order in which they lie in memory, so that nothing is copied."""
+    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(-1)
+
+
+def histogram(x, largest):
+    """Counts (4 * BINS,) of FP32 values from -2 to 2 times `largest`; the outer bins count what is beyond, too."""
+    bins = (x * (BINS / max(largest, SMALLEST)) + 2 * BINS).clamp_(0, 4 * BINS - 1).short()
+    return torch.bincount(flat(bins), minlength=4 * BINS)
+
+
+def energy(x):
+    """Sum of squares, in FP32: good for four digits, which is 0.001 dB."""
+    return torch.linalg.vector_norm(x).item()**2
+
+
+def decibels(signal, noise):
+    """Ratio of two energies in dB; None when there is no signal or no noise, or either overflows."""
+    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and 0 < noise < math.inf else None
+
+
+def sqnr_db(signal, changed):
+    """Signal-to-quantization-noise ratio in dB; None when there is no signal or no noise."""
+    return decibels(energy(signal.double()), energy((signal - changed).double()))
+
+
+def round_trip(int8_model, place, x):
+    """FP32 values to the integers of a place and back; logits that stay FP32 stay what they are."""
+    if int8_model.is_fp32(place):
+        return x
+    scale, to = getattr(int8_model, f"scale_{place}"), int8_model.integers[place]
+    return (x * scale).round_().clip_(to.low, to.high).div_(scale)
+
+
+def quantized_alone(model, int8_model, layer, x):
+    """{part: a layer's output on its FP32 input x when that part is quantized}; "fp32": none, "born": all of them."""
+    part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
+    per_channel = lambda values, dim: values.reshape(-1, *[1] * (dim - 1))
+    weight = part8.weight / per_channel(part8.w_scale, part.weight.dim()) - part.weight
+    bias = part8.bias / (part8.w_scale * getattr(int8_model, f"scale_{layer.source}")) - part.bias
+    by_weights = F.conv2d(x, weight) if layer.bn else F.linear(x.flatten(1), weight)
+    by_biases = per_channel(bias, part.weight.dim() - 1)
+    sums, activate = model.linear(layer, x), F.relu_ if layer.relu else lambda x: x
+    both = activate((sums + by_weights).add_(by_biases))
+    found = {"weights": activate(by_weights.add_(sums)), "biases": activate(sums + by_biases), "fp32": activate(sums)}
+    return found | {"rounding": round_trip(int8_model, layer.place, found["fp32"]),
+                    "born": round_trip(int8_model, layer.place, both)}
+
+
+@torch.inference_mode()
+def error_ledger(model, int8_model, pixels):
+    """Where the error is born. model: the folded network that int8_model was made from; pixels: uint8 (n, 3, 224, 224).
+
+    Runs side by side: the FP32 network, the INT8 network, and for each layer one that quantizes this layer alone.
+    Returns a dict a layer, and {place: histogram of its FP32 values}. "sqnr_db" is in dB, None for no error:
+    at the layer's output the INT8 network's error ("int8"), what of it comes with the layer's input ("inherited": FP32
+    layer, INT8 input), the error of quantizing this layer alone ("born") and its parts ("weights", "biases" and
+    "rounding" of the output); and the error of quantizing this layer alone at the logits ("logits").
+    """
+    rows = {name: Counter() for name in ("input", *(layer.name for layer in LAYERS))}
+    histograms, codes = Counter(), Counter()
+    for chunk in pixels.split(5):
+        x, inputs = chunk.float(), {}           # of the FP32 network, and {other network: what its next layer reads}
+        for (place, q), layer in zip(int8_model.activations(chunk), [None, *LAYERS]):
+            name, to = layer.name if layer else "input", int8_model.integers[place]
+            scale = getattr(int8_model, f"scale_{place}")
+            if layer:
+                outputs = {network: model.linear(layer, values) for network, values in inputs.items()}
+                outputs = {network: F.relu_(values) if layer.relu else values for network, values in outputs.items()}
+                found = quantized_alone(model, int8_model, layer, x) | {"inherited": outputs["int8"]}
+                x = found.pop("fp32")
+            else:
+                outputs, rounded = {}, round_trip(int8_model, place, x)
+                found = {"rounding": rounded, "born": rounded}
+            found["int8"] = q if int8_model.is_fp32(place) else q / scale
+            rows[name].update({kind: energy(values - x) for kind, values in found.items()}, signal=energy(x))
+            histograms[place] += histogram(x, ((to.high + 0.5) / scale).item())
+            if not int8_model.is_fp32(place):
+                rows[name].update(values=x.numel(), clipped=int(torch.count_nonzero(x.abs() > (to.high + 0.5) / scale)))
+                codes[name] += torch.bincount(flat(q).int() - to.low, minlength=to.high - to.low + 1)
+            outputs |= {"int8": found["int8"], name: found["born"]}
+            inputs = {network: int8_model.maxpool(values) if layer and layer.pool else values
+                      for network, values in outputs.items()}
+            x = int8_model.maxpool(x) if layer and layer.pool else x
+        for name, row in rows.items():
+            row["logits"] += energy(inputs[name] - x)
+    ledger = []
+    for name, row in rows.items():
+        sqnr = {kind: decibels(row["signal"], row[kind])
+                for kind in ("int8", "inherited", "born", "weights", "biases", "rounding")}
+        sqnr["logits"] = decibels(rows["fc2"]["signal"], row["logits"])
+        clipped, used, available = None, None, None             # where the logits stay FP32
+        if name in codes:
+            clipped, used, available = row["clipped"] / row["values"], int((codes[name] > 0).sum()), len(codes[name])
+        ledger.append({"name": name, "sqnr_db": sqnr, "clipped": clipped, "codes_used": used, "codes": available,
+                       "hurts_most": False})
+    guilty = [row for row in ledger if row["sqnr_db"]["logits"] is not None]
+    if guilty:
+        min(guilty, key=lambda row: row["sqnr_db"]["logits"])["hurts_most"] = True
+    return ledger, {place: counts.cpu() for place, counts in histograms.items()}
+
+
+@torch.inference_mode()
+def range_sources(model, files, pixels):
+    """Where a range comes from: a dict a place with the range, the picture that set it and its number, and the 99.9th
+    percentile of the magnitudes on `pixels`, to a thousandth of the range. files: names of the calibration pictures.
+    """
+    histograms, rows = Counter(), []
+    largest = {place: model.maxima[place].amax(1).cpu().numpy() for place in PLACES}        # (pictures,)
+    for chunk in pixels.split(5):
+        for place, x in model.fused().activations(chunk):
+            histograms[place] += histogram(x.abs(), largest[place].max().item())
+    for place, values in largest.items():
+        share = histograms[place].cumsum(0) / histograms[place].sum()
+        bins = (share < 0.999).sum().item() + 1 - 2 * BINS                                  # upper edge of the bin
+        index = int(values.argmax())                                                        # the first, if several
+        rows.append({"place": place, "range": values[index].item(), "file": files[index], "number": index + 1,
+                     "percentile999": values[index].item() * min(bins / BINS, 1)})
+    return rows
+
+
+def quantized(model, count, pixels, engine, **changes):
+    """The INT8_Model that the run below makes in steps, calibrated on the first `count` pictures that `model` observed.
+
+    pixels: the first calibration pictures; changes: constants of the recipe that are to be others.
+    """
+    folded, recipe = model.fused(), current_recipe() | changes
+    for place in PLACES:
+        getattr(folded, f"range_{place}").copy_(model.maxima[place][:count].amax(0))
+    if recipe["EQUALIZE"]:
+        equalize(folded)
+    int8_model = folded.cl_scale(recipe)
+    refine(int8_model, folded, pixels[:count])
+    if engine == "onednn":
+        int8_model.use_kernels()
+    return int8_model
+
+
+@torch.inference_mode()
+def calibration_curve(model, int8_model, calibration_pixels, pixels, fp32_logits):
+    """How many pictures are enough: a dict for the first 1, 2, 5, 10, 20, 50, ... calibration pictures and for all.
+
+    Each holds the place's ranges as shares of the last, and how an INT8 network calibrated on so many answers `pixels`:
+    "agreement" with FP32 and "sqnr_db" of the logits, "as_last" whether every class is the one of the last.
+    """
+    total = len(model.maxima["input"])
+    counts = [k * 10**exponent for exponent in range(len(str(total))) for k in (1, 2, 5) if k * 10**exponent < total]
+    rows = []
+    for count in counts + [total]:
+        other = int8_model if count == total else quantized(model, count, calibration_pixels, int8_model.engine)
+        logits = torch.cat([other(chunk).cpu() for chunk in pixels.split(5)])
+        ranges = {place: (maxima[:count].max() / maxima.max().clamp(min=SMALLEST)).item()
+                  for place, maxima in model.maxima.items()}
+        rows.append({"pictures": count, "ranges": ranges, "sqnr_db": sqnr_db(fp32_logits, logits),
+                     "agreement": (logits.argmax(1) == fp32_logits.argmax(1)).double().mean().item(),
+                     "classes": logits.argmax(1)})
+    last = rows[-1]["classes"]
+    return [row | {"as_last": torch.equal(row.pop("classes"), last)} for row in rows]
+
+
+@torch.inference_mode()
+def sweep_bits(model, calibration_pixels, evaluation, fp32, engine):
+    """The same network, pictures and recipe with BIT 8 down to 2: a dict each, with the seconds that it took."""
+    rows = []
+    for bit in range(8, 1, -1):
+        start = time.perf_counter()
+        int8_model = quantized(model, len(model.maxima["input"]), calibration_pixels, engine, BIT=bit)
+        logits = torch.cat([int8_model(batch.pixels.to(DEVICE)).cpu() for batch in evaluation.batches()])
+        classes = logits.argmax(1)
+        rows.append({"bit": bit, "top1": 100 * (classes == fp32.labels).double().mean().item(),
+                     "agreement": (classes == fp32.classes).double().mean().item(),
+                     "sqnr_db": sqnr_db(fp32.logits, logits), "size_bytes": size_of(int8_model),
+                     "seconds": time.perf_counter() - start})
+    return rows
+
+
 def wilson(correct, n, z=1.959964):
     """95 % Wilson score interval of a share, in percent (Wilson 1927)."""
     share = correct / n
@@ -963,13 +1160,39 @@ def wilson(correct, n, z=1.959964):
     return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
 
 
-def sqnr_db(signal, changed):
-    """Signal-to-quantization-noise ratio in dB; None when there is no signal or no noise."""
-    noise = (signal - changed).double().square().sum().item()
-    signal = signal.double().square().sum().item()
-    return 10 * math.log10(signal / noise) if signal and noise else None
+def mcnemar(gained, lost):
+    """Exact two-sided p-value: how likely a fair coin splits as unevenly the pictures that only one network has right
+    (McNemar 1947)."""
+    pictures = gained + lost
+    tail = sum(math.comb(pictures, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**pictures)
 
 
+def compare_answers(fp32, int8):
+    """Two Outcomes: what changed its class, whether that is more than chance, and how often each label got each answer.
+
+    Raises InputError when pictures came or went between the passes.
+    """
+    if fp32.files != int8.files:
+        raise InputError("pictures came or went while the run looked at them: run it again")
+    changed = (fp32.classes != int8.classes).nonzero().flatten().tolist()
+    flips = [{"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
+              "better": bool(int8.classes[i] == int8.labels[i]),
+              "fp32_logits": fp32.logits[i].tolist(), "int8_logits": int8.logits[i].tolist(),
+              "fp32_margin": (fp32.logits[i].max() - fp32.logits[i].min()).item()} for i in changed]
+    gained = sum(flip["better"] for flip in flips)
+    lost = len(flips) - gained              # two classes: a change is from wrong to right, or from right to wrong
+    confusion = {name: torch.bincount(2 * outcome.labels + outcome.classes, minlength=4).reshape(2, 2).tolist()
+                 for name, outcome in (("fp32", fp32), ("int8", int8))}
+    return {"agreement": 1 - len(flips) / len(fp32.files), "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits),
+            "flips": flips, "mcnemar": {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)},
+            "confusion": confusion}
+
+
+# %% [markdown]
+# ## Report
+
+# %%
 def layer_rows(int8_model):
     """One dict a layer: what quantization made of it."""
     rows = []
@@ -1005,10 +1228,7 @@ def size_of(model):
 
 
 def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, exact):
-    """Everything the run found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run.
-
-    Raises InputError when pictures came or went between the passes.
-    """
+    """Everything the passes found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run."""
     def accuracy(outcome):
         correct = round(outcome.top1 / 100 * len(outcome.files))
         return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
@@ -1019,24 +1239,62 @@ def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, 
         "images": {"evaluated": len(int8.files), "calibrated": calibrated},
         "skipped": [{"file": f"{path.parent.name}/{path.name}", "reason": reason} for path, reason in skipped.items()],
         "fp32": None, "int8": {"engine": int8_model.engine, **accuracy(int8)}, "speedup": None, "exact": exact,
-        "agreement": None, "flips": [], "logit_sqnr_db": None, "layers": layer_rows(int8_model),
-        "size_bytes": {"fp32": None, "int8": size_of(int8_model)}}
+        "agreement": None, "flips": [], "logit_sqnr_db": None, "mcnemar": None, "confusion": None,
+        "layers": layer_rows(int8_model), "size_bytes": {"fp32": None, "int8": size_of(int8_model)}}
     if fp32 is None:
         return report
-    if fp32.files != int8.files:
-        raise InputError("pictures came or went while the run looked at them: run it again")
-    flips = [{"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
-              "fp32_logits": fp32.logits[i].tolist(), "int8_logits": int8.logits[i].tolist()}
-             for i in (fp32.classes != int8.classes).nonzero().flatten().tolist()]
     report["size_bytes"]["fp32"] = size_of(model)
-    return report | {
-        "fp32": accuracy(fp32), "speedup": fp32.ms_per_image / int8.ms_per_image,
-        "agreement": 1 - len(flips) / len(fp32.files), "flips": flips,
-        "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits)}
+    return report | compare_answers(fp32, int8) | {
+        "fp32": accuracy(fp32), "speedup": fp32.ms_per_image / int8.ms_per_image}
+
+
+LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
+
+
+def db(value):
+    return "exact" if value is None else f"{value:.1f}"
+
+
+def print_ledger(ledger, pictures):
+    print(f"\nWhere is the error born? SQNR in dB on {pictures} pictures, the lower the worse; born: this layer "
+          "quantized, all else FP32\nlayer   INT8 network  inherited     born: weights   biases  output's rounding   "
+          "born, at the logits  clipped   codes used")
+    for row in ledger:
+        figures = {kind: db(value) for kind, value in row["sqnr_db"].items()}
+        clipped = "stay FP32" if row["codes"] is None else f"{100 * row['clipped']:.2g} %"
+        used = "" if row["codes"] is None else f"{row['codes_used']} of {row['codes']}"
+        print("{:<7} {int8:>12}  {inherited:>9}  {born:>7}: {weights:>7}  {biases:>7}  {rounding:>17}   {logits:>19}  "
+              "{:<9} {}".format(row["name"], clipped, used, **figures) + "  <- hurts most" * row["hurts_most"])
+
+
+def print_ranges(sources, curve):
+    print("\nWhere do the ranges come from?\nplace      range  set by picture              99.9 % of values up to")
+    for row in sources:
+        times = row["range"] / max(row["percentile999"], SMALLEST)
+        print(f"{row['place']:<6} {row['range']:>9.5g}  {row['number']:>6} {row['file']:<20} "
+              f"{row['percentile999']:>9.4g}, {times:.1f} times below")
+    print("\nHow many calibration pictures are enough? Ranges in % of the last; INT8 against FP32\n"
+          f"pictures {' '.join(f'{place:>6}' for place in PLACES)}   same class  logit SQNR")
+    for row in curve:
+        ranges = " ".join(f"{100 * row['ranges'][place]:>6.1f}" for place in PLACES)
+        print(f"{row['pictures']:>8} {ranges}   {100 * row['agreement']:>8.2f} % {db(row['sqnr_db']):>8} dB")
+    last = curve[-1]["pictures"]
+    settled = max((i + 1 for i, row in enumerate(curve) if not row["as_last"]), default=0)      # the row from which
+    classes = (f"between {curve[-2]['pictures']} and {last} a class still changed" if 0 < settled == len(curve) - 1 else
+               f"from {curve[settled]['pictures']} pictures on no class changes")
+    print(f"after picture {max(row['number'] for row in sources)} of {last} no range grows; {classes}")
+
+
+def print_sweep(sweep):
+    print("\nHow many bits?\nBIT   Top-1     same class  logit SQNR  bytes      seconds")
+    for row in sweep:
+        print(f"{row['bit']:<5} {row['top1']:<7.3f} % {100 * row['agreement']:<7.2f} %  {db(row['sqnr_db']):>7} dB  "
+              f"{row['size_bytes']:<9,}  {row['seconds']:.2f}")
 
 
 def print_summary(report):
     n = report["images"]["evaluated"]
+    print("\nSummary")
     for name in ("fp32", "int8") if report["fp32"] else ("int8",):
         row = report[name]
         print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
@@ -1044,16 +1302,150 @@ def print_summary(report):
               f"{report['size_bytes'][name]:,} bytes of parameters")
     left_out = f"{len(report['skipped'])} files left out"
     if report["fp32"]:
-        sqnr = "none" if report["logit_sqnr_db"] is None else f"{report['logit_sqnr_db']:.1f} dB"
-        print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {sqnr}, INT8 {report['speedup']:.1f} times as "
-              f"fast; {len(report['flips'])} of {n} pictures changed their class; {left_out}")
+        print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {db(report['logit_sqnr_db'])} dB, INT8 "
+              f"{report['speedup']:.1f} times as fast; {len(report['flips'])} of {n} pictures changed their class; "
+              + left_out)
+        for name in ("fp32", "int8"):
+            (cats, cats_as_dogs), (dogs_as_cats, dogs) = report["confusion"][name]
+            print(f"{name.upper()}: {cats + cats_as_dogs} cats, {cats_as_dogs} of them called dogs; "
+                  f"{dogs + dogs_as_cats} dogs, {dogs_as_cats} called cats")
+        print(verdict(report))
     else:
         print(left_out)
-    for flip in report["flips"]:
+    for flip in report["flips"][:LISTED]:
         logits = [f"cat {cat:.3f} dog {dog:.3f}" for cat, dog in (flip["fp32_logits"], flip["int8_logits"])]
-        print(f"  {flip['file']} ({flip['label']}): FP32 {logits[0]} -> INT8 {logits[1]}")
-    for row in report["skipped"]:
+        print(f"  {flip['file']} ({flip['label']}): FP32 {logits[0]}, margin {flip['fp32_margin']:.3f} -> "
+              f"INT8 {logits[1]}, for the {'better' if flip['better'] else 'worse'}")
+    for row in report["skipped"][:LISTED]:
         print(f"  left out {row['file']}: {row['reason']}")
+    hidden = max(0, len(report["flips"]) - LISTED) + max(0, len(report["skipped"]) - LISTED)
+    if hidden:
+        print(f"  ... and {hidden} more in report.json")
+
+
+def verdict(report):
+    """In words: is the difference between the two accuracies more than chance?"""
+    test, overlap = report["mcnemar"], report["fp32"]["interval95"][0] <= report["int8"]["interval95"][1]
+    overlap = overlap and report["int8"]["interval95"][0] <= report["fp32"]["interval95"][1]
+    chance = "no more than chance" if test["p"] >= 0.05 else "more than chance"
+    return (f"INT8 corrects {test['gained']} and spoils {test['lost']} of FP32's answers: {chance} (exact McNemar "
+            f"test, p = {test['p']:.2g}); the two 95 % intervals {'overlap' if overlap else 'do not overlap'}")
+
+
+BLUE, SKY, ORANGE, RED, GREEN, PINK, GRAY = "#0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7 #555555".split()
+SHOWN = 8           # pictures in report.png
+
+
+def draw_report(report, histograms, fp32, int8, folder):
+    """The bytes of report.png. histograms: as error_ledger returns them; fp32, int8: Outcomes on the folder's pictures.
+
+    The colours are those of Okabe and Ito, which the colour-blind can tell apart.
+    """
+    from matplotlib.figure import Figure        # here and not above: it takes a third of a second that only a run needs
+
+    def axes_of(where, title, **settings):
+        axes = figure.add_subplot(where)
+        axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
+        axes.set(**settings)
+        axes.spines[["top", "right"]].set_visible(False)
+        return axes
+
+    def draw_activations(grid):
+        for i, (place, row) in enumerate(zip(PLACES, report["ledger"])):
+            counts = histograms[place].reshape(128, -1).sum(1).double()         # 32 bars from 0 to the range
+            share, edges = (counts / counts.sum()).numpy(), np.arange(129) / 32 - 2
+            lowest = -1.4 if place in ("fc1", "fc2") else 0
+            axes = axes_of(grid[i], place, yscale="log", xlim=(lowest, 1.4), ylim=(1e-8, 30))
+            axes.stairs(share, edges, fill=True, color=SKY if row["clipped"] is None else RED)
+            axes.stairs(share[32:96], edges[32:97], fill=True, color=SKY)
+            for edge in (lowest < 0) * [-1] + [1]:
+                axes.axvline(edge, color=RED, linestyle="--", ymax=0.85)
+            clipped = "stays FP32" if row["clipped"] is None else f"{100 * row['clipped']:.2g} % clipped"
+            axes.text(0.5, 0.98, clipped, transform=axes.transAxes, ha="center", va="top", fontsize=11, color=GRAY)
+            axes.set_yticks([1e-8, 1e-6, 1e-4, 1e-2, 1], [] if i else None)
+            axes.set_xlabel("value / range" if i == 0 else "")
+
+    def draw_ranges(where):
+        axes, curve = axes_of(where, "Ranges, by calibration pictures", xscale="log", xlabel="pictures",
+                              ylabel="% of the last range", ylim=(0, 108)), report["calibration_curve"]
+        pictures = [row["pictures"] for row in curve]
+        for place, color, marker in zip(PLACES, (GRAY, BLUE, SKY, GREEN, ORANGE, RED, PINK), "xosD^vP"):
+            axes.plot(pictures, [100 * row["ranges"][place] for row in curve], color=color, marker=marker, label=place)
+        axes.plot(pictures, [100 * row["agreement"] for row in curve], "k:", linewidth=2.5, label="same class")
+        ticks = [count for count in pictures if (len(pictures) < 9 or str(count)[0] == "1") and 1.9 * count < pictures[-1]]
+        ticks.append(pictures[-1])
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10, frameon=False)
+
+    def draw_ledger(where):
+        axes = axes_of(where, "Where the error is born, in % of the signal")
+        kinds = [("inherited", SKY, "inherited from the input"), ("born", BLUE, "born in the layer"),
+                 ("logits", ORANGE, "what that does to the logits")]
+        percent = lambda row, kind: 0 if row["sqnr_db"][kind] is None else 100 * 10**(-row["sqnr_db"][kind] / 20)
+        for i, (kind, color, label) in enumerate(kinds):
+            axes.bar(np.arange(len(PLACES)) + 0.27 * (i - 1), [percent(row, kind) for row in report["ledger"]], 0.25,
+                     color=color, label=label)
+        top = max(percent(row, kind) for row in report["ledger"] for kind, _, _ in kinds) or 1
+        axes.set_ylim(0, 1.95 * top)
+        for i, row in enumerate(report["ledger"]):
+            if row["hurts_most"]:
+                axes.annotate("hurts most", (i + 0.27, percent(row, "logits")), (i + 0.27, 1.15 * top), ha="center",
+                              fontsize=11, color=RED, fontweight="bold", arrowprops={"arrowstyle": "->", "color": RED})
+        axes.set_xticks(range(len(PLACES)), [row["name"] for row in report["ledger"]])
+        axes.legend(loc="upper left", fontsize=10, frameon=False)
+
+    def draw_bits(grid):
+        bits = [row["bit"] for row in report["sweep_bits"]]
+        axes = axes_of(grid[0], "Accuracy and size, by bits", ylabel="Top-1, %", ylim=(0, 108), xlim=(8.6, 1.4))
+        axes.axhline(fp32.top1, color=GRAY, linestyle="--", label="FP32")
+        axes.plot(bits, [row["top1"] for row in report["sweep_bits"]], color=BLUE, marker="o", label="quantized")
+        axes.legend(loc="lower left", fontsize=10, frameon=False)
+        axes.set_xticks(bits, [])
+        axes = axes_of(grid[1], "", xlabel="bits", ylabel="KB", xlim=(8.6, 1.4))
+        bars = axes.bar(bits, [row["size_bytes"] / 1000 for row in report["sweep_bits"]], 0.6, color=ORANGE)
+        axes.bar_label(bars, fmt="%.0f", fontsize=10)
+        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+        axes.set_xticks(bits)
+
+    def draw_pictures(grid):
+        margins = (fp32.logits[:, 0] - fp32.logits[:, 1]).abs()
+        changed = fp32.classes != int8.classes
+        order = sorted(range(len(margins)), key=lambda i: (not changed[i], -margins[i] if changed[i] else margins[i]))
+        for cell, i in zip(grid, order[:SHOWN]):
+            axes, pixels = figure.add_subplot(cell), decode_or_reason(folder / fp32.files[i])
+            axes.imshow(np.full((1, 1, 3), 200, np.uint8) if isinstance(pixels, str) else pixels)
+            axes.set_axis_off()
+            answers = [f"{CLASSES[classes]} by {(logits.max() - logits.min()).item():.3f}" for classes, logits in
+                       ((fp32.classes[i], fp32.logits[i]), (int8.classes[i], int8.logits[i]))]
+            name = fp32.files[i].encode("ascii", "backslashreplace").decode()
+            name = name if len(name) < 16 else f"...{name[-12:]}"
+            text = f"{name} ({CLASSES[fp32.labels[i]]})\nFP32 {answers[0]}\nINT8 {answers[1]}"
+            axes.text(0.5, -0.04, text, fontsize=11, va="top", ha="center", transform=axes.transAxes, parse_math=False,
+                      color=RED if changed[i] else "black")
+
+    figure, n = Figure(figsize=(16, 9), dpi=120), report["images"]["evaluated"]
+    heading = dict(x=0.05, fontsize=13, fontweight="bold")
+    smaller = report["size_bytes"]["fp32"] / report["size_bytes"]["int8"]
+    figure.text(0.05, 0.96, f"INT8 answers {n - len(report['flips']):,} of {n:,} pictures as FP32; Top-1 {fp32.top1:.2f} "
+                f"-> {int8.top1:.2f} %; logit SQNR {db(report['logit_sqnr_db'])} dB; {report['speedup']:.1f} x as fast, "
+                f"{smaller:.1f} x as small", fontsize=15)
+    figure.text(y=0.915, s="Activations: share of values, FP32; beyond the dashed range they are clipped", **heading)
+    rows = figure.add_gridspec(3, 1, left=0.05, right=0.985, top=0.875, bottom=0.08, hspace=0.5,
+                               height_ratios=[1, 1.3, 0.8])
+    draw_activations(rows[0].subgridspec(1, len(PLACES), wspace=0.1))
+    middle = rows[1].subgridspec(1, 3 if "sweep_bits" in report else 2, wspace=0.4)
+    draw_ranges(middle[0])
+    draw_ledger(middle[1])
+    if "sweep_bits" in report:
+        draw_bits(middle[2].subgridspec(2, 1, height_ratios=[2, 1], hspace=0.12))
+    figure.text(y=0.26, s="Pictures that changed, in red, then those with the smallest FP32 margin" if report["flips"]
+                else "No picture changed; those with the smallest FP32 margin", **heading)
+    draw_pictures(rows[2].subgridspec(1, SHOWN, wspace=0.1))
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def print_pictures(pictures):
@@ -1091,7 +1483,7 @@ if __name__ == "__main__":
     # %% checkpoint and model; an INT8 checkpoint has the steps between here and the INT8 pass behind it
     names, model = load_checkpoint(ROOT / CHECKPOINT)
     print(f"pretrained_dict:\n dict_keys({names})")
-    quantizing, fp32, calibrated = isinstance(model, CNN_Model), None, None
+    quantizing, fp32, calibrated = isinstance(model, CNN_Model), None, None      # the two: Outcomes
     print(model if quantizing else f"INT8 checkpoint, made with {model.recipe}, whatever the constants say")
 
     # %% FP32 calibration: the observers see every picture
@@ -1100,8 +1492,7 @@ if __name__ == "__main__":
             calibration = CatDogDataset(ROOT / DATA_DIR / CALIBRATION_SPLIT)
             print_pictures(calibration)
         print(f"calibrating on {calibration.folder}")
-        fp32 = calibrate(model, calibration)
-        calibrated = len(fp32.files)
+        fp32 = calibrated = calibrate(model, calibration)
         for place in PLACES:
             print(f"range_{place:<6} {getattr(model, f'range_{place}').max().item():.6g}")
         if calibration is not evaluation:
@@ -1122,7 +1513,7 @@ if __name__ == "__main__":
     # %% scales, integer weights and biases
     if quantizing:
         int8_model = folded.cl_scale()
-        moved = refine(int8_model, folded, sample(calibration, 100))
+        moved = refine(int8_model, folded, sample(calibration))
         if BIAS_CORRECTION:
             print("bias correction moved a bias by at most "
                   + ", ".join(f"{value:.3g} in {layer}" for layer, value in moved.items()))
@@ -1138,9 +1529,23 @@ if __name__ == "__main__":
     # %% INT8 inference
     int8 = evaluate("INT8", int8_model, evaluation)
 
-    # %% summary
-    report = build_report(constants, calibrated, calibration.skipped | evaluation.skipped, fp32, int8, model,
-                          int8_model, exact)
+    # %% what it was and what became of it
+    report = build_report(constants, len(calibrated.files) if quantizing else None,
+                          calibration.skipped | evaluation.skipped, fp32, int8, model, int8_model, exact)
+
+    # %% what quantization did: the errors, the ranges, the bits
+    if quantizing:
+        calibration_pixels = sample(calibration)
+        report["ledger"], histograms = error_ledger(folded, int8_model, pixels)
+        print_ledger(report["ledger"], len(pixels))
+        report["ranges"] = range_sources(model, calibrated.files, calibration_pixels)
+        compared = sample(evaluation, 100)
+        report["calibration_curve"] = calibration_curve(model, int8_model, calibration_pixels, compared,
+                                                        fp32.logits[:len(compared)])
+        print_ranges(report["ranges"], report["calibration_curve"])
+        if SWEEP_BITS:
+            report["sweep_bits"] = sweep_bits(model, calibration_pixels, evaluation, fp32, int8_model.engine)
+            print_sweep(report["sweep_bits"])
 
     # %% what is kept: the INT8 network and the report
     folder = ROOT / OUTPUT_DIR
@@ -1149,5 +1554,7 @@ if __name__ == "__main__":
         kept = INT8_Model.load(folder / "INT8_checkpoint.pth.tar")
         print(f"loaded back, the INT8 checkpoint changes a logit by {largest_change(int8_model, kept, pixels):g}")
     write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    if quantizing:
+        write_whole(folder / "report.png", draw_report(report, histograms, fp32, int8, evaluation.folder))
     print_summary(report)
-    print(f"wrote {folder}/report.json" + (" and INT8_checkpoint.pth.tar" if quantizing else ""))
+    print(f"wrote {folder}/report.json" + (", report.png and INT8_checkpoint.pth.tar" if quantizing else ""))

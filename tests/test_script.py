@@ -126,7 +126,8 @@ def test_flips_agreement_and_sqnr():
     report = quantize_catdog.build_report({}, 4, {}, quantize_catdog.Outcome(files, labels, fp32, 100.0, 2.0),
                                           quantize_catdog.Outcome(files, labels, int8, 75.0, 0.5), model,
                                           model.fused().cl_scale(), {})
-    assert report["flips"] == [{"file": "dog.0.jpg", "label": "dog", "fp32_logits": [0.0, 1.0], "int8_logits": [2.0, 1.0]}]
+    assert report["flips"] == [{"file": "dog.0.jpg", "label": "dog", "better": False, "fp32_margin": 1.0,
+                                "fp32_logits": [0.0, 1.0], "int8_logits": [2.0, 1.0]}]
     assert report["agreement"] == 0.75 and report["speedup"] == 4 and report["int8"]["correct"] == 3
     assert report["logit_sqnr_db"] == pytest.approx(10 * math.log10((4 + 1 + 9 + 1 + 1 + 4) / 4))
 

@@ -39,9 +39,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +55,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchnet.meter as tnt
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 # %% [markdown]
 # ## Constants
@@ -68,7 +69,7 @@ CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights, {"model": state_dict}; 
 OUTPUT_DIR = "results"                   # report.json and INT8_checkpoint.pth.tar are written here
 IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
 BATCH_SIZE = 5                           # pictures per step, 1 to 4096: speed, memory, the sums' last digit
-NUM_WORKERS = 0                          # processes that decode pictures, 0 to 256; 0: this one decodes
+NUM_WORKERS = os.cpu_count() or 1        # threads that decode pictures, 1 to 256; one a core is right
 SWEEP_BITS = False                       # compare BIT 8 down to 2 as well; for 100 pictures that takes 2 seconds
 # the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1
 # and EQUALIZE, GPTQ, BIAS_CORRECTION False
@@ -85,8 +86,9 @@ INT8_ENGINE = "auto"                     # "onednn" kernels, "reference" arithme
 
 ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-THREADS = ThreadPoolExecutor(os.cpu_count())
-KEEP_BYTES = 2**30      # decoded pictures kept from the first pass for the next; beyond it they are decoded again
+KEEP_BYTES = 2**28      # decoded pictures kept from the first pass for the next; beyond it they are decoded again
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")   # of Pillow's; others run programs
+Image.MAX_IMAGE_PIXELS = 2**25      # Pillow refuses pictures of twice as many, 67 million: they fill the memory
 
 torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -129,7 +131,7 @@ def legal_values():
     factor = lambda value: type(value) in (int, float) and 1 <= value <= 16, "a number from 1 to 16"
     engine = lambda value: value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
     return {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
-            "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(0, 256),
+            "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
             "SWEEP_BITS": switch, "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch,
             "BIAS_BIT": whole(2, 32), "QUANTIZE_LOGITS": switch, "HEADROOM": factor, "EQUALIZE": switch, "GPTQ": switch,
             "BIAS_CORRECTION": switch, "INT8_ENGINE": engine}
@@ -154,8 +156,8 @@ CLASSES = ("cat", "dog")
 
 
 def label_of(name):
-    """Label from a file name's words: 0 cat, 1 dog; None when it says neither or both."""
-    words = {word.rstrip("s") for word in re.findall(r"[a-z]+", name.lower())}
+    """Label from the words of a path: 0 for cat or cats, 1 for dog or dogs; None when it says neither or both."""
+    words = {word.removesuffix("s") for word in re.findall(r"[^\W\d_]+", str(name).casefold())}
     return {(True, False): 0, (False, True): 1}.get(("cat" in words, "dog" in words))
 
 
@@ -165,7 +167,7 @@ def decode(path):
     Resized with Pillow's default filter (bicubic), as in the notebook. Turned as its EXIF data says; the
     first frame of an animation; transparent parts on white; 16-bit grey divided by 257 = 65535 / 255.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
@@ -180,7 +182,7 @@ def decode(path):
 def decode_or_reason(path):
     """What `decode` gives, or a text that says why the file cannot be decoded."""
     try:
-        return decode(path)
+        return decode(path) if not os.path.exists(path) or os.path.isfile(path) else "is no file"     # but a pipe, say
     except Exception as error:      # decoders raise nearly every type on broken bytes, none of which is our bug
         return f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -191,10 +193,10 @@ class Batch(NamedTuple):
     files: list             # n file names
 
 
-class CatDogDataset(Dataset):
-    """The pictures of one folder, in one fixed order, and those left out with the reason.
+class CatDogDataset:
+    """The pictures below one folder, in one fixed order, and those left out with the reason.
 
-    Ordered by the numbers in the name, then by name: cat.0, dog.0, cat.1, ... so that any first few hold both.
+    Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ... so that any first few hold both.
     Raises InputError when the folder is missing or holds no picture that can be used.
     """
 
@@ -205,64 +207,75 @@ class CatDogDataset(Dataset):
                              "or set DATA_DIR and the splits")
         self.files, self.labels = [], []
         in_order = lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name)
-        for name in sorted(os.listdir(self.folder), key=in_order):
+        for name in sorted(self.names(), key=in_order):
             label = label_of(name)
             if label is None:
-                self.skipped[self.folder / name] = "the name says neither cat nor dog, or both"
+                self.skipped[name] = "the path says neither cat nor dog, or both"
             else:
                 self.files.append(name)
                 self.labels.append(label)
         self.require(len(self.files))
 
+    def names(self):
+        """Yield the paths of all files below the folder, relative to it; links are followed, no folder twice."""
+        def cannot_list(error):
+            self.skipped[os.path.relpath(error.filename, self.folder)] = f"cannot be listed: {error.strerror}"
+
+        seen = set()
+        for place, folders, files in os.walk(self.folder, onerror=cannot_list, followlinks=True):
+            if os.path.realpath(place) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            yield from (os.path.relpath(os.path.join(place, file), self.folder) for file in files)
+
     def require(self, usable):
         if not usable:
-            reasons = "".join(f", e.g. {path.name}: {reason}" for path, reason in list(self.skipped.items())[:1])
+            reasons = "".join(f", e.g. {name}: {reason}" for name, reason in list(self.skipped.items())[:1])
             raise InputError(f"no usable picture in {self.folder}{reasons}: put pictures named cat.0.jpg, "
                              "dog.0.jpg, ... there")
 
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index):
-        """(pixels, index), or (reason, index) for a picture that cannot be decoded."""
-        return decode_or_reason(self.folder / self.files[index]), index
+    def left_out(self):
+        """{folder/path: reason} so far."""
+        return {f"{self.folder.name}/{name}": reason for name, reason in self.skipped.items()}
 
-    def __getitems__(self, indices):
-        """A batch of items at once, decoded on all cores: Pillow lets go of the interpreter while it decodes."""
-        return list(map(self.__getitem__, indices) if get_worker_info() else THREADS.map(self.__getitem__, indices))
+    def decoded(self, first):
+        """Yield what `decode_or_reason` gives for each file from the first on.
 
-    def collate_fn(self, items):
-        good = [(pixels, index) for pixels, index in items if not isinstance(pixels, str)]
-        bad = {self.folder / self.files[index]: reason for reason, index in items if isinstance(reason, str)}
-        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in good])) if good else torch.empty(0, 1, 1, 3)
-        indices = [index for _, index in good]
-        return Batch(pixels.permute(0, 3, 1, 2), torch.tensor([self.labels[i] for i in indices]),
-                     [self.files[i] for i in indices]), bad
-
-    def __getstate__(self):
-        return {**vars(self), "kept": []}       # worker processes decode; they need none of what is decoded
+        All cores decode a few batches, then all cores run the network on them. Both at once would leave neither idle
+        either, and take longer: they would fight for the cores.
+        """
+        pool, count = ThreadPoolExecutor(NUM_WORKERS), max(BATCH_SIZE, 32 * NUM_WORKERS)
+        try:
+            for start in range(first, len(self), count):    # Pillow lets go of the interpreter while it decodes
+                yield from list(pool.map(decode_or_reason, map(self.folder.joinpath, self.files[start:start + count])))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def batches(self):
         """Yield a Batch at a time; decoded once, as far as KEEP_BYTES reach, however often this is called.
 
         A batch whose pictures are all broken is not yielded. Raises InputError when no picture can be used.
         """
-        yield from [batch for batch in self.kept if batch.files]
-        rest = Subset(self, range(self.done, len(self)))
-        if len(rest) == 0:
-            return
+        yield from self.kept
         usable = sum(len(batch.files) for batch in self.kept)
-        keep = KEEP_BYTES - sum(batch.pixels.nbytes for batch in self.kept)
-        for batch, bad in DataLoader(rest, BATCH_SIZE, num_workers=NUM_WORKERS, collate_fn=self.collate_fn):
-            if NUM_WORKERS:         # out of shared memory, of which each tensor keeps a file open
-                batch = Batch(batch.pixels.clone(), batch.labels.clone(), batch.files)
-            self.skipped.update(bad)
-            usable += len(batch.files)
-            keep -= batch.pixels.nbytes
-            if keep >= 0:
-                self.kept.append(batch)
-                self.done += len(batch.files) + len(bad)
-            if batch.files:
+        room, keeping, index, good = KEEP_BYTES - sum(batch.pixels.nbytes for batch in self.kept), True, self.done, []
+        for index, pixels in enumerate(self.decoded(self.done), self.done):
+            if isinstance(pixels, str):
+                self.skipped[self.files[index]] = pixels
+            else:
+                good.append((index, pixels))
+            if good and (len(good) == BATCH_SIZE or index == len(self) - 1):
+                indices, good = [index for index, _ in good], [pixels for _, pixels in good]
+                batch = Batch(torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2),
+                              torch.tensor([self.labels[i] for i in indices]), [self.files[i] for i in indices])
+                good, usable, room = [], usable + len(indices), room - batch.pixels.nbytes
+                if keeping := keeping and (room >= 0 or not self.kept):
+                    self.kept.append(batch)
+                    self.done = index + 1
                 yield batch
         self.require(usable)
 
@@ -417,9 +430,15 @@ class CNN_Model(nn.Module):
             self.register_buffer(f"range_{place}", torch.zeros(channels[place]))    # largest |value| seen
 
     def linear(self, layer, x):
-        """One layer up to where its ReLU would come: convolution and batch norm, or fully connected."""
-        x = getattr(self, layer.name)(x if layer.bn else x.flatten(1))      # fc1: (N, 968) -> (N, 512)
-        return getattr(self, layer.bn)(x) if layer.bn else x
+        """One layer up to where its ReLU would come: convolution and batch norm, or fully connected.
+
+        A picture's values are the same, to the last bit, whichever pictures are beside it. Kernels for one picture, and
+        products of matrices, may sum in another order: so one becomes two, and each has its own product.
+        """
+        part = getattr(self, layer.name)
+        if layer.bn:
+            return getattr(self, layer.bn)(part(x) if len(x) > 1 else part(torch.cat([x, x]))[:1])
+        return torch.bmm(x.flatten(1)[:, None], part.weight.t().expand(len(x), -1, -1))[:, 0] + part.bias   # (N, 512)
 
     def activations(self, x):
         """Yield (place, FP32 values) from the input to the logits."""
@@ -764,6 +783,7 @@ def refine(int8_model, model, pixels):
 # notebook's own format, objects of the classes listed here, from which only tensors are read.
 
 # %%
+LARGEST_CHECKPOINT = 2**28      # bytes, packed or not: a hundred times what this network needs
 ALLOWED_CLASSES = [CNN_Model, (CNN_Model, "__main__.CNN_Model"), MaxPool2d, (MaxPool2d, "__main__.MaxPool2d"),
                    nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Softmax]
 
@@ -784,6 +804,24 @@ def weights_of(model):
             if value.is_floating_point() and not name.startswith("range_")}
 
 
+def intact(path):
+    """A checkpoint's bytes, as a file. Raises ValueError or what zipfile raises unless they are what was once written.
+
+    torch.load does not check the checksums that its format, a zip archive, has: a flipped bit would be a wrong weight.
+    """
+    if path.stat().st_size > LARGEST_CHECKPOINT:
+        raise ValueError("too large")
+    file = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if len(set(names)) < len(names) or sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
+            raise ValueError("two parts of one name, or too large")
+        if archive.testzip():
+            raise ValueError("wrong checksum")
+    file.seek(0)
+    return file
+
+
 def load_checkpoint(path):
     """Return (the names that a checkpoint holds, its model on DEVICE).
 
@@ -795,15 +833,16 @@ def load_checkpoint(path):
     if not path.is_file():
         raise InputError(f"no checkpoint {path}: put the file there or set CHECKPOINT")
     try:
+        content = intact(path)
         with torch.serialization.safe_globals(ALLOWED_CLASSES), warnings.catch_warnings(action="ignore"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(content, map_location="cpu", weights_only=True)
         recipe, saved = saved.get("recipe"), saved["model"]
         recipe = None if recipe is None else {name: recipe[name] for name in RECIPE}
         saved = tensors_of(saved) if isinstance(saved, CNN_Model) else dict(saved)
     except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
         reason = (f"holds {unsafe[1]}, which this network does not need; it was not loaded" if unsafe else
-                  f"is damaged or no checkpoint ({type(error).__name__})")
+                  f"is damaged, or no checkpoint of torch 1.6 or newer ({type(error).__name__})")
         raise InputError(f"checkpoint {path} {reason}: give a file with {{'model': state_dict}}") from None
     legal = legal_values()
     for name, value in (recipe or {}).items():
@@ -862,8 +901,9 @@ def write_whole(path, content):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; set OUTPUT_DIR") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # %% [markdown]
@@ -875,30 +915,64 @@ class Outcome(NamedTuple):
     files: list             # n file names
     labels: torch.Tensor    # int64 (n,)
     logits: torch.Tensor    # FP32 (n, 2)
-    top1: float             # percent
-    ms_per_image: float     # of the network, with its observers where they are on; median over the batches
 
     @property
     def classes(self):
         return self.logits.argmax(1)
 
+    @property
+    def top1(self):
+        """Percent of the pictures whose class is their label."""
+        return 100 * (self.classes == self.labels).double().mean().item()
+
 
 @torch.inference_mode()
 def evaluate(name, model, pictures):
-    """Run a model over the pictures, print its Top-1 so far after each batch, and return the Outcome."""
-    meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
-    files, labels, logits, ms = [], [], [], []
-    for i, batch in enumerate(pictures.batches()):
-        inputs = batch.pixels.to(DEVICE)
-        start = time.perf_counter()
-        outputs = model(inputs).cpu()                           # .cpu() waits for a GPU
-        ms.append(1e3 * (time.perf_counter() - start) / len(inputs))
+    """Run a model over the pictures, print how far it is and its Top-1 so far, and return the Outcome.
+
+    A terminal shows one line that changes, anything else a line every ten seconds, and both the last.
+    """
+    meter, terminal = tnt.ClassErrorMeter(topk=[1], accuracy=True), sys.stdout.isatty()
+    files, labels, logits, start, shown = [], [], [], time.perf_counter(), 0
+    for batch in pictures.batches():
+        outputs = model(batch.pixels.to(DEVICE)).cpu()
         meter.add(outputs, batch.labels)
         files.extend(batch.files)
         labels.append(batch.labels)
         logits.append(outputs)
-        print(f"{name} Top1: {meter.value()[0]:.3f}, {i}/{math.ceil(len(pictures) / BATCH_SIZE)}")
-    return Outcome(files, torch.cat(labels), torch.cat(logits), meter.value()[0], float(np.median(ms)))
+        seconds = time.perf_counter() - start
+        line = (f"{name} Top1: {meter.value()[0]:.3f}, {len(files)} of {len(pictures)} pictures, "
+                f"{len(files) / seconds:.0f} a second")
+        if seconds - shown >= (0.1 if terminal else 10):
+            left = f"{line}, {(len(pictures) - len(files)) * seconds / len(files):.0f} seconds left"
+            print(f"\r{left}\033[K" if terminal else left, end="" if terminal else "\n", flush=True)
+            shown = seconds
+    print(f"\r{line}\033[K" if terminal else line)
+    return Outcome(files, torch.cat(labels), torch.cat(logits))
+
+
+def in_common(outcome, other):
+    """Both Outcomes, cut down to the pictures that both have: files may come and go while the run looks at them.
+
+    Raises InputError when there is none.
+    """
+    names = set(outcome.files) & set(other.files)
+    if not names:
+        raise InputError("every picture came or went while the run looked at them: run it again")
+    return [Outcome([name for name in each.files if name in names], each.labels[keep], each.logits[keep])
+            for each in (outcome, other) for keep in [torch.tensor([name in names for name in each.files])]]
+
+
+@torch.inference_mode()
+def time_networks(networks, pixels):
+    """{name: median ms a picture} of {name: network}, in turns on one batch of `pixels`, which is in memory already."""
+    batch, ms = pixels[:BATCH_SIZE], {name: [] for name in networks}
+    for _ in range(15):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            network(batch).cpu()                                # .cpu() waits for a GPU
+            ms[name].append(1e3 * (time.perf_counter() - start) / len(batch))
+    return {name: float(np.median(times)) for name, times in ms.items()}
 
 
 def calibrate(model, pictures):
@@ -1169,12 +1243,8 @@ def mcnemar(gained, lost):
 
 
 def compare_answers(fp32, int8):
-    """Two Outcomes: what changed its class, whether that is more than chance, and how often each label got each answer.
-
-    Raises InputError when pictures came or went between the passes.
-    """
-    if fp32.files != int8.files:
-        raise InputError("pictures came or went while the run looked at them: run it again")
+    """Two Outcomes of the same pictures: what changed its class, whether that is more than chance, and how often each
+    label got each answer."""
     changed = (fp32.classes != int8.classes).nonzero().flatten().tolist()
     flips = [{"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
               "better": bool(int8.classes[i] == int8.labels[i]),
@@ -1227,25 +1297,25 @@ def size_of(model):
     return sum(math.ceil(value.numel() * bits[value.dtype] / 8) for value in model.state_dict().values())
 
 
-def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, exact):
+def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, exact, ms):
     """Everything the passes found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run."""
-    def accuracy(outcome):
-        correct = round(outcome.top1 / 100 * len(outcome.files))
+    def accuracy(name, outcome):
+        correct = int((outcome.classes == outcome.labels).sum())
         return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
-                "ms_per_image": outcome.ms_per_image}
+                "ms_per_image": ms[name]}
 
     report = {
         "constants": constants, "recipe": int8_model.recipe, "torch": torch.__version__, "device": str(DEVICE),
         "images": {"evaluated": len(int8.files), "calibrated": calibrated},
-        "skipped": [{"file": f"{path.parent.name}/{path.name}", "reason": reason} for path, reason in skipped.items()],
-        "fp32": None, "int8": {"engine": int8_model.engine, **accuracy(int8)}, "speedup": None, "exact": exact,
+        "skipped": [{"file": file, "reason": reason} for file, reason in skipped.items()],
+        "fp32": None, "int8": {"engine": int8_model.engine, **accuracy("int8", int8)}, "speedup": None, "exact": exact,
         "agreement": None, "flips": [], "logit_sqnr_db": None, "mcnemar": None, "confusion": None,
         "layers": layer_rows(int8_model), "size_bytes": {"fp32": None, "int8": size_of(int8_model)}}
     if fp32 is None:
         return report
     report["size_bytes"]["fp32"] = size_of(model)
     return report | compare_answers(fp32, int8) | {
-        "fp32": accuracy(fp32), "speedup": fp32.ms_per_image / int8.ms_per_image}
+        "fp32": accuracy("fp32", fp32), "speedup": ms["fp32"] / ms["int8"]}
 
 
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
@@ -1294,7 +1364,7 @@ def print_sweep(sweep):
 
 def print_summary(report):
     n = report["images"]["evaluated"]
-    print("\nSummary")
+    print("\nSummary\nseconds: " + ", ".join(f"{stage} {taken:.2f}" for stage, taken in report["seconds"].items()))
     for name in ("fp32", "int8") if report["fp32"] else ("int8",):
         row = report[name]
         print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
@@ -1372,8 +1442,8 @@ def draw_report(report, histograms, fp32, int8, folder):
         for place, color, marker in zip(PLACES, (GRAY, BLUE, SKY, GREEN, ORANGE, RED, PINK), "xosD^vP"):
             axes.plot(pictures, [100 * row["ranges"][place] for row in curve], color=color, marker=marker, label=place)
         axes.plot(pictures, [100 * row["agreement"] for row in curve], "k:", linewidth=2.5, label="same class")
-        ticks = [count for count in pictures if (len(pictures) < 9 or str(count)[0] == "1") and 1.9 * count < pictures[-1]]
-        ticks.append(pictures[-1])
+        ticks = [count for count in pictures if len(pictures) < 9 or str(count)[0] == "1"]
+        ticks = [count for count in ticks if 1.9 * count < pictures[-1]] + pictures[-1:]
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10, frameon=False)
@@ -1427,9 +1497,9 @@ def draw_report(report, histograms, fp32, int8, folder):
     figure, n = Figure(figsize=(16, 9), dpi=120), report["images"]["evaluated"]
     heading = dict(x=0.05, fontsize=13, fontweight="bold")
     smaller = report["size_bytes"]["fp32"] / report["size_bytes"]["int8"]
-    figure.text(0.05, 0.96, f"INT8 answers {n - len(report['flips']):,} of {n:,} pictures as FP32; Top-1 {fp32.top1:.2f} "
-                f"-> {int8.top1:.2f} %; logit SQNR {db(report['logit_sqnr_db'])} dB; {report['speedup']:.1f} x as fast, "
-                f"{smaller:.1f} x as small", fontsize=15)
+    figure.text(0.05, 0.96, f"INT8 answers {n - len(report['flips']):,} of {n:,} pictures as FP32; "
+                f"Top-1 {fp32.top1:.2f} -> {int8.top1:.2f} %; logit SQNR {db(report['logit_sqnr_db'])} dB; "
+                f"{report['speedup']:.1f} x as fast, {smaller:.1f} x as small", fontsize=15)
     figure.text(y=0.915, s="Activations: share of values, FP32; beyond the dashed range they are clipped", **heading)
     rows = figure.add_gridspec(3, 1, left=0.05, right=0.985, top=0.875, bottom=0.08, hspace=0.5,
                                height_ratios=[1, 1.3, 0.8])
@@ -1454,14 +1524,32 @@ def print_pictures(pictures):
 
 
 def make_writable(folder):
-    """Make the folder, and raise InputError now rather than after the run when nothing can be written there."""
+    """Make the folder; raise InputError now, not after the run, when 8 MB, more than a run writes, find no room."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"probe.{os.getpid()}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(2**23))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write in {folder}: {error.strerror}; set OUTPUT_DIR") from None
+
+
+def stop(*_):
+    """What Ctrl-C does."""
+    raise SystemExit("stopped by Ctrl-C; files of earlier runs are as they were")
+
+
+class Stopwatch(dict):
+    """{stage: seconds}; `lap` ends a stage that began where the one before it ended."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+
+    def lap(self, stage):
+        self.began, began = time.perf_counter(), self.began
+        self[stage] = self.began - began
 
 
 # %% [markdown]
@@ -1472,6 +1560,8 @@ if __name__ == "__main__":
     # %% constants, device, version
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name may hold what a terminal cannot show
+    signal.signal(signal.SIGINT, stop)
+    watch = Stopwatch()
     constants = check_constants()
     make_writable(ROOT / OUTPUT_DIR)
     print(f"device {DEVICE}, torch {torch.__version__}")
@@ -1485,6 +1575,7 @@ if __name__ == "__main__":
     print(f"pretrained_dict:\n dict_keys({names})")
     quantizing, fp32, calibrated = isinstance(model, CNN_Model), None, None      # the two: Outcomes
     print(model if quantizing else f"INT8 checkpoint, made with {model.recipe}, whatever the constants say")
+    watch.lap("list, load")
 
     # %% FP32 calibration: the observers see every picture
     if quantizing:
@@ -1493,11 +1584,13 @@ if __name__ == "__main__":
             print_pictures(calibration)
         print(f"calibrating on {calibration.folder}")
         fp32 = calibrated = calibrate(model, calibration)
+        watch.lap("calibration pass")
         for place in PLACES:
             print(f"range_{place:<6} {getattr(model, f'range_{place}').max().item():.6g}")
         if calibration is not evaluation:
             print(f"evaluating on {evaluation.folder}")
             fp32 = evaluate("FP32", model.fused(), evaluation)
+            watch.lap("FP32 pass")
 
     # %% conv + batch-norm folding, and equalization: proven to keep the logits
     pixels = sample(evaluation)
@@ -1512,11 +1605,13 @@ if __name__ == "__main__":
 
     # %% scales, integer weights and biases
     if quantizing:
+        calibration_pixels = sample(calibration)
         int8_model = folded.cl_scale()
-        moved = refine(int8_model, folded, sample(calibration))
+        moved = refine(int8_model, folded, calibration_pixels)
         if BIAS_CORRECTION:
             print("bias correction moved a bias by at most "
                   + ", ".join(f"{value:.3g} in {layer}" for layer, value in moved.items()))
+        watch.lap("quantization")
     else:
         int8_model = model
     print_layers(layer_rows(int8_model))
@@ -1525,17 +1620,22 @@ if __name__ == "__main__":
     exact = choose_engine(int8_model, pixels)
     print(f"INT8 engine {int8_model.engine}: {exact['why']}; {exact['compared']:,} values of {len(pixels)} pictures "
           f"compared, {exact['different']:,} differ")
+    ms = time_networks({"fp32": folded, "int8": int8_model} if quantizing else {"int8": int8_model}, pixels)
+    watch.lap("comparing, timing")
 
     # %% INT8 inference
     int8 = evaluate("INT8", int8_model, evaluation)
+    watch.lap("INT8 pass")
 
-    # %% what it was and what became of it
+    # %% what the passes found
+    if quantizing and fp32.files != int8.files:
+        fp32, int8 = in_common(fp32, int8)
     report = build_report(constants, len(calibrated.files) if quantizing else None,
-                          calibration.skipped | evaluation.skipped, fp32, int8, model, int8_model, exact)
+                          calibration.left_out() | evaluation.left_out(), fp32, int8, model, int8_model, exact, ms)
 
     # %% what quantization did: the errors, the ranges, the bits
+    picture = None
     if quantizing:
-        calibration_pixels = sample(calibration)
         report["ledger"], histograms = error_ledger(folded, int8_model, pixels)
         print_ledger(report["ledger"], len(pixels))
         report["ranges"] = range_sources(model, calibrated.files, calibration_pixels)
@@ -1543,18 +1643,23 @@ if __name__ == "__main__":
         report["calibration_curve"] = calibration_curve(model, int8_model, calibration_pixels, compared,
                                                         fp32.logits[:len(compared)])
         print_ranges(report["ranges"], report["calibration_curve"])
+        watch.lap("ledger, ranges")
         if SWEEP_BITS:
             report["sweep_bits"] = sweep_bits(model, calibration_pixels, evaluation, fp32, int8_model.engine)
             print_sweep(report["sweep_bits"])
+            watch.lap("bits")
+        picture = draw_report(report, histograms, fp32, int8, evaluation.folder)
+        watch.lap("drawing")
 
-    # %% what is kept: the INT8 network and the report
+    # %% what is kept: the INT8 network, the report and its picture
     folder = ROOT / OUTPUT_DIR
+    report["seconds"] = watch
     if quantizing:
         save_checkpoint(int8_model, folder / "INT8_checkpoint.pth.tar")
-        kept = INT8_Model.load(folder / "INT8_checkpoint.pth.tar")
-        print(f"loaded back, the INT8 checkpoint changes a logit by {largest_change(int8_model, kept, pixels):g}")
+        write_whole(folder / "report.png", picture)
     write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     if quantizing:
-        write_whole(folder / "report.png", draw_report(report, histograms, fp32, int8, evaluation.folder))
+        kept = INT8_Model.load(folder / "INT8_checkpoint.pth.tar")
+        print(f"\nloaded back, the INT8 checkpoint changes a logit by {largest_change(int8_model, kept, pixels):g}")
     print_summary(report)
     print(f"wrote {folder}/report.json" + (", report.png and INT8_checkpoint.pth.tar" if quantizing else ""))

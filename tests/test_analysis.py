@@ -236,8 +236,7 @@ def test_mcnemar_of_very_many():
 
 
 def outcome(labels, logits):
-    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
-    return script.Outcome([f"cat and co {i}.jpg" for i in range(len(labels))], labels, logits, top1, 1.0)
+    return script.Outcome([f"cat and co {i}.jpg" for i in range(len(labels))], labels, logits)
 
 
 def test_planted_flips():

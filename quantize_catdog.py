@@ -422,8 +422,7 @@ class CNN_Model(nn.Module):
         self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = nn.Linear(8 * 11 * 11, 512)
         self.fc2 = nn.Linear(512, 2)
-        self.observing = False                                          # True while calibrating
-        self.maxima = {place: [] for place in PLACES}                   # largest |value| of each picture seen, (n, C)
+        self.observing, self.seen, self.maxima = False, 0, {}           # see `observe`
         channels = {"input": 3} | {layer.place: getattr(self, layer.name).out_channels if layer.bn else 1
                                    for layer in LAYERS}
         for place in PLACES:
@@ -452,6 +451,17 @@ class CNN_Model(nn.Module):
             if layer.pool:
                 x = getattr(self, layer.pool)(x)                # cnn1: (N, 16, 110, 110)
 
+    def observe(self, count):
+        """Let the observers forget what they saw, and watch the forward passes of `count` pictures to come.
+
+        The space for it is taken at once: small pieces, one a batch, would come to lie between the big buffers, so
+        that these grow without end.
+        """
+        self.observing, self.seen = True, 0
+        for place in PLACES:
+            range_data = getattr(self, f"range_{place}").zero_()
+            self.maxima[place] = range_data.new_zeros(count, len(range_data))           # of each picture
+
     def forward(self, x):
         """The last of `activations`, with each ReLU after the pooling: same maximum, a quarter of the work."""
         x = x.float()
@@ -463,6 +473,7 @@ class CNN_Model(nn.Module):
                 self.update_range(layer.place, x)
             if layer.pool:
                 x = getattr(self, layer.relu)(getattr(self, layer.pool)(x))
+        self.seen += len(x)
         return x
 
     def update_range(self, place, data):
@@ -475,7 +486,7 @@ class CNN_Model(nn.Module):
             largest = data.permute(0, 2, 3, 1).amax(1).amax(1).clamp(min=0)
         else:
             largest = data.abs().amax(1, keepdim=True)
-        self.maxima[place].append(largest)                              # (N, C)
+        self.maxima[place][self.seen:self.seen + len(largest)] = largest                # (N, C)
         range_data = getattr(self, f"range_{place}")
         range_data.copy_(torch.maximum(range_data, largest.amax(0)))
 
@@ -933,13 +944,13 @@ def evaluate(name, model, pictures):
     A terminal shows one line that changes, anything else a line every ten seconds, and both the last.
     """
     meter, terminal = tnt.ClassErrorMeter(topk=[1], accuracy=True), sys.stdout.isatty()
-    files, labels, logits, start, shown = [], [], [], time.perf_counter(), 0
+    files, labels, logits = [], torch.zeros(len(pictures), dtype=torch.int64), torch.zeros(len(pictures), 2)
+    start, shown = time.perf_counter(), 0
     for batch in pictures.batches():
-        outputs = model(batch.pixels.to(DEVICE)).cpu()
-        meter.add(outputs, batch.labels)
+        rows = slice(len(files), len(files) + len(batch.files))
+        labels[rows], logits[rows] = batch.labels, model(batch.pixels.to(DEVICE)).cpu()
+        meter.add(logits[rows], batch.labels)
         files.extend(batch.files)
-        labels.append(batch.labels)
-        logits.append(outputs)
         seconds = time.perf_counter() - start
         line = (f"{name} Top1: {meter.value()[0]:.3f}, {len(files)} of {len(pictures)} pictures, "
                 f"{len(files) / seconds:.0f} a second")
@@ -948,7 +959,7 @@ def evaluate(name, model, pictures):
             print(f"\r{left}\033[K" if terminal else left, end="" if terminal else "\n", flush=True)
             shown = seconds
     print(f"\r{line}\033[K" if terminal else line)
-    return Outcome(files, torch.cat(labels), torch.cat(logits))
+    return Outcome(files, labels[:len(files)], logits[:len(files)])
 
 
 def in_common(outcome, other):
@@ -982,16 +993,14 @@ def calibrate(model, pictures):
     changes nothing but the last digits.
     """
     fused = model.fused()
-    for place in PLACES:
-        getattr(fused, f"range_{place}").zero_()        # a cell that is run again forgets the pictures before
-    fused.observing = True
+    fused.observe(len(pictures))
     outcome = evaluate("FP32", fused, pictures)
     for place in PLACES:
         range_data = getattr(fused, f"range_{place}")
         if not (range_data * HEADROOM).isfinite().all():
             raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller weights")
         getattr(model, f"range_{place}").copy_(range_data)
-        model.maxima[place] = torch.cat(fused.maxima[place])
+        model.maxima[place] = fused.maxima[place][:fused.seen]
     return outcome
 
 

@@ -101,10 +101,11 @@ def run(model, pixels):
 
 
 @torch.no_grad()
-def observe(model, pixels):
-    """Show pictures to the observers and return the logits."""
-    model.observing = True
-    logits = model(pixels.to(DEVICE)).cpu()
+def observe(model, *batches):
+    """Show pictures to the observers and return the logits of the last batch."""
+    model.observe(sum(map(len, batches)))
+    for pixels in batches:
+        logits = model(pixels.to(DEVICE)).cpu()
     model.observing = False
     return logits
 
@@ -290,6 +291,7 @@ def test_range_is_of_the_values_after_relu():
 
 def test_observer_takes_magnitudes():
     model = script.CNN_Model()
+    model.observe(1)
     for values, largest in [([-5.0, 2.0], 5.0), ([4.0, -4.5], 5.0), ([0.0, 6.0], 6.0)]:
         model.update_range("fc2", torch.tensor([values]))
         assert model.range_fc2.max().item() == largest
@@ -305,13 +307,12 @@ def test_observers_keep_the_largest_of_all_batches():
         alone.append(ranges_of(model))
     assert alone[0]["input"] < alone[1]["input"] and alone[0]["cv4"] != alone[1]["cv4"]
     both = {place: max(alone[0][place], alone[1][place]) for place in PLACES}
-    for order in [(dim, bright), (bright, dim)]:
-        model = network(STATE)
-        for batch in order:
-            observe(model, batch)
+    model = network(STATE)
+    for order in [(dim, bright), (bright, dim), (bright, dim, dim)]:
+        observe(model, *order)
         assert ranges_of(model) == both
-        observe(model, dim)                             # nothing new in it
-        assert ranges_of(model) == both
+    observe(model, dim)                                 # and start anew
+    assert ranges_of(model) == alone[0]
 
 
 def test_observers_are_off_outside_calibration(calibrated):

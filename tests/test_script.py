@@ -153,7 +153,7 @@ def test_kernels_that_saturate_are_noticed(place, isa):
 def quantized(state):
     model = quantize_catdog.CNN_Model().eval()
     model.load_state_dict(state, strict=False)
-    model.observing = True
+    model.observe(1)
     pixels = torch.from_numpy(np.stack([quantize_catdog.decode(PICTURES / "cat.0.jpg")])).permute(0, 3, 1, 2)
     with torch.no_grad():
         model(pixels)

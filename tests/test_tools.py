@@ -104,7 +104,7 @@ def test_notebooks_engines_are_the_scripts_own_under_its_recipe(monkeypatch):
     _, model = quantize_catdog.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar")
     with torch.no_grad():
         fp32, int8 = compare_engines.notebook_engines(pixels, ROOT / "BEST_checkpoint.pth.tar")
-        model.observing = True
+        model.observe(len(pixels))
         model(pixels)
         model.observing = False
         own = model.fused().cl_scale()

@@ -76,15 +76,12 @@ def notebook_engines(pixels, checkpoint):
 
 def script_engines(model, pixels, folder):
     """The script's own two passes, with the constants that it carries."""
-    fp32, folded = model.fused(), model.fused()
-    folded.observing = True
+    fp32 = model.fused()
+    fp32.observe(len(pixels))
     for chunk in pixels.split(script.BATCH_SIZE):
-        folded(chunk)
-    folded.observing = False
-    if script.EQUALIZE:
-        script.equalize(folded)
-    int8 = folded.cl_scale()
-    script.refine(int8, folded, pixels)
+        fp32(chunk)
+    fp32.observing, model.maxima = False, fp32.maxima
+    int8 = script.quantized(model, len(pixels), pixels[:20], "reference")
     exact = script.choose_engine(int8, pixels[:20])
     print(f"script: {int8.engine}, {exact['compared']:,} values compared with the reference, {exact['different']} differ")
     script.save_checkpoint(int8, folder / "int8.pth.tar")

@@ -1,0 +1,581 @@
+"""Any folder, any file, any size: layouts, broken pictures, broken and hostile checkpoints, same in same out, scale."""
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+import quantize_catdog as script
+from test_script import PICTURES, ROOT, Hostile, Place, png_header_that_promises, quantized, refused, state   # noqa: F401
+
+SEED = 20              # of all mutations
+MEGABYTE = 2**20
+
+
+# layouts
+
+@pytest.mark.parametrize("data_dir, split, files", [
+    ("cat_dog", "val", ["cat.0.jpg", "dog.0.jpg"]),                             # the notebook's
+    ("kaggle", "train", ["cat.0.jpg", "dog.0.jpg"]),
+    ("PetImages", ".", ["Cat/0.jpg", "Dog/0.jpg"]),
+    ("data", "train", ["cats/a.jpg", "dogs/b.jpg"]),
+    ("data", "test", ["Cats/deep/er/1.png", "DOG/2.jpeg", "DOG/more/3.jpg"]),
+])
+def test_layouts(tmp_path, data_dir, split, files):
+    folder = tmp_path / data_dir / split
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PICTURES / ("cat.0.jpg" if "cat" in file.lower() else "dog.0.jpg"), folder / file)
+    pictures = script.CatDogDataset(folder)
+    assert sorted(pictures.files) == sorted(files) and pictures.skipped == {}
+    for batch in pictures.batches():
+        for file, label in zip(batch.files, batch.labels):
+            assert label == ("dog" in file.lower()), file
+
+
+def test_classes_alternate_in_class_folders(tmp_path):
+    for kind in ("Cat", "Dog"):
+        (tmp_path / kind).mkdir()
+        for i in range(12):
+            (tmp_path / kind / f"{i}.jpg").touch()
+    assert script.CatDogDataset(tmp_path).files[:5] == ["Cat/0.jpg", "Dog/0.jpg", "Cat/1.jpg", "Dog/1.jpg", "Cat/2.jpg"]
+
+
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "0.jpg").touch()
+    (tmp_path / "cats" / "again").symlink_to(tmp_path)
+    (tmp_path / "dogs").symlink_to(PICTURES)
+    pictures = script.CatDogDataset(tmp_path)
+    assert pictures.files.count("cats/0.jpg") == 1 and len(pictures.files) <= 101
+    assert len(pictures.files) + len(pictures.skipped) == 101
+
+
+def test_class_folders_run(tmp_path):
+    """The same pictures in another layout give the same report."""
+    place, other = Place(tmp_path / "a"), Place(tmp_path / "b")
+    expected, _ = place.report()
+    for file in list(other.val.iterdir()):
+        kind, number, _ = file.name.split(".")
+        (other.folder / "PetImages" / kind.title()).mkdir(parents=True, exist_ok=True)
+        file.rename(other.folder / "PetImages" / kind.title() / f"{number}.jpg")
+    found, _ = other.report(DATA_DIR="PetImages", CALIBRATION_SPLIT=".", EVALUATION_SPLIT=".")
+    for key in ("layers", "ledger", "confusion", "logit_sqnr_db"):
+        assert found[key] == expected[key], key
+    assert found["ranges"][0]["file"].startswith("Cat/")
+
+
+# pictures under attack
+
+def bases():
+    """[(ending, bytes)]: small pictures of every format and mode."""
+    with Image.open(PICTURES / "cat.0.jpg") as image:
+        image = image.resize((64, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [image, image.filter(ImageFilter.BLUR)]
+    ways = [("jpg", image, {}), ("jpg", image, {"progressive": True}), ("jpg", image.convert("CMYK"), {}), ("jpg", image, {"exif": exif}),
+            ("jpg", image.convert("L"), {}), ("png", image, {}), ("png", image.convert("RGBA"), {}), ("png", image.quantize(16), {}),
+            ("png", image.convert("I;16") if False else Image.fromarray(np.full((48, 64), 999, np.uint16)), {}),
+            ("gif", image, {}), ("gif", frames[0], {"save_all": True, "append_images": frames[1:]}),
+            ("webp", image, {}), ("webp", frames[0], {"save_all": True, "append_images": frames[1:]}),
+            ("png", frames[0], {"save_all": True, "append_images": frames[1:]}),
+            ("bmp", image, {}), ("tif", image, {}), ("tif", image, {"compression": "tiff_lzw"}), ("ppm", image, {})]
+    found = []
+    for ending, picture, options in ways:
+        file = io.BytesIO()
+        picture.save(file, {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending), **options)
+        found.append((ending, file.getvalue()))
+    return found
+
+
+def mutated(data, rng):
+    """The bytes after one of several accidents."""
+    data = bytearray(data)
+    kind = rng.randrange(8)
+    at = rng.randrange(len(data))
+    if kind == 0:
+        del data[at:]                                               # cut off
+    elif kind == 1:
+        for _ in range(rng.choice([1, 3, 30])):                     # flipped bits
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data[at:at + rng.randrange(1, 200)] = b""                   # a hole
+    elif kind == 3:
+        data[at:at] = rng.randbytes(rng.randrange(1, 200))          # something put in
+    elif kind == 4:
+        data[at:at + 64] = bytes(64)                                # zeros
+    elif kind == 5:
+        head = rng.randrange(min(64, len(data)))                    # header fields at their largest
+        data[head:head + 2] = rng.choice([b"\xff\xff", b"\x7f\xff", b"\xea\x60"])
+    elif kind == 6:
+        data += rng.randbytes(rng.randrange(1, 100))                # a tail
+    else:
+        data[at:] = data[:len(data) - at]                           # its own beginning again
+    return bytes(data)
+
+
+def jpeg_that_promises(width, height):
+    with Image.open(PICTURES / "cat.0.jpg") as image:
+        file = io.BytesIO()
+        image.resize((16, 16)).save(file, "jpeg")
+    data = bytearray(file.getvalue())
+    at = data.index(b"\xff\xc0")
+    data[at + 5:at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """A place with good pictures in cat_dog/val, and the same among more than 2,000 bad ones in cat_dog/attacked."""
+    place, rng = Place(tmp_path_factory.mktemp("attacked"), 10), random.Random(SEED)
+    folder = place.val.parent / "attacked"
+    folder.mkdir()
+    for file in place.val.iterdir():
+        shutil.copy(file, folder / f"good.{file.name}")
+    originals = bases()
+    for i in range(2100):
+        ending, data = originals[i % len(originals)]
+        ending = rng.choice(["jpg", "png", "gif"]) if i % 11 == 0 else ending                     # wrong extension
+        name = rng.choice(["cat.{}", "dog {}", "кот cat {}", "猫 dog {}", "قط-cat-{}", "dog_{}\n"]).format(i)
+        (folder / f"{name}.{ending}").write_bytes(mutated(data, rng))
+    for i, data in enumerate([b"", b"\0" * 5000, png_header_that_promises(60000, 60000), png_header_that_promises(8000, 8000),
+                              png_header_that_promises(0, 5), jpeg_that_promises(60000, 60000), jpeg_that_promises(8000, 8000),
+                              jpeg_that_promises(1, 60000), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"]):
+        (folder / f"cat.special {i}.jpg").write_bytes(data)
+    (folder / "dog.nowhere.jpg").symlink_to("nowhere")
+    (folder / "dog.itself.jpg").symlink_to("dog.itself.jpg")
+    os.mkfifo(folder / "dog.pipe.jpg")
+    (folder / os.fsdecode(b"cat.\xff\xfe.jpg")).write_bytes(b"not a name in UTF-8")
+    (folder / "cat.forbidden.jpg").write_bytes(originals[0][1])
+    (folder / "cat.forbidden.jpg").chmod(0)
+    return place, folder
+
+
+def run_measured(place, **constants):
+    """(exit status, stderr, most memory in bytes) of a run."""
+    text = (ROOT / "quantize_catdog.py").read_text()
+    for name, value in constants.items():
+        text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", text)
+        assert count == 1
+    (place.folder / "quantize_catdog.py").write_text(text)
+    with open(place.folder / "out.txt", "wb") as out, open(place.folder / "err.txt", "wb") as err:
+        process = subprocess.Popen([sys.executable, place.folder / "quantize_catdog.py"], stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, (place.folder / "err.txt").read_text(errors="replace"), usage.ru_maxrss * 1024
+
+
+def test_two_thousand_bad_pictures(attacked):
+    """The run ends well, within the memory that the README states; each file is used or named with its reason."""
+    place, folder = attacked
+    status, err, clean_memory = run_measured(place)
+    clean = json.loads((place.folder / "results" / "report.json").read_text())
+    assert (status, err) == (0, "")
+    status, err, memory = run_measured(place, EVALUATION_SPLIT="attacked", BATCH_SIZE=20)
+    assert status == 0 and "Traceback" not in err and "quantize_catdog" not in err      # libtiff writes there by itself
+    assert memory < clean_memory + 1000 * MEGABYTE
+    report = json.loads((place.folder / "results" / "report.json").read_text())
+    reasons = {row["file"]: row["reason"] for row in report["skipped"]}
+    assert report["images"]["evaluated"] + len(reasons) == len(os.listdir(folder)) > 2100
+    assert len(reasons) > 500 and all(reason and "\n" not in reason for reason in reasons.values())
+    for name, word in [("cat.special 0", "identify"), ("cat.special 2", "DecompressionBomb"), ("cat.special 5", "DecompressionBomb"),
+                       ("cat.special 8", "identify"), ("dog.nowhere", "No such file"), ("dog.itself", "symbolic links"),
+                       ("dog.pipe", "is no file")]:
+        assert word in reasons[f"attacked/{name}.jpg"], name
+    assert report["layers"] == clean["layers"]                                  # calibrated on the good ones
+
+
+def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
+    """To the last bit, in FP32 and in INT8."""
+    place, folder = attacked
+    _, model = script.load_checkpoint(place.checkpoint)
+    script.calibrate(model, script.CatDogDataset(place.val))
+    folded = model.fused()
+    int8 = folded.cl_scale()
+    for network in (folded, int8):
+        clean = script.evaluate("", network, script.CatDogDataset(place.val))
+        mixed = script.evaluate("", network, script.CatDogDataset(folder))
+        rows = {name: logits for name, logits in zip(mixed.files, mixed.logits)}
+        for name, logits in zip(clean.files, clean.logits):
+            assert torch.equal(rows[f"good.{name}"], logits), name
+
+
+def test_what_is_decoded_is_a_picture_and_what_is_not_a_reason(attacked):
+    """Decoded in one thread, for one of the reasons could be the threads'."""
+    _, folder = attacked
+    kinds = {str: 0, np.ndarray: 0}
+    for name in sorted(os.listdir(folder)):
+        found = script.decode_or_reason(folder / name)
+        kinds[type(found)] += 1
+        if isinstance(found, np.ndarray):
+            assert found.shape == (224, 224, 3) and found.dtype == np.uint8
+        else:
+            assert found.startswith(("cannot be decoded: ", "is no file")), (name, found)
+    assert min(kinds.values()) > 300, kinds
+
+
+def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
+    """Pillow would hand PostScript to Ghostscript."""
+    (tmp_path / "cat.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n/a 1 def\n%%EOF\n")
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
+    assert "cannot identify" in script.decode_or_reason(tmp_path / "cat.jpg")
+
+
+# checkpoints under attack
+
+@pytest.fixture(scope="module", params=["FP32", "INT8"])
+def checkpoint(request, tmp_path_factory, state):      # noqa: F811
+    """(bytes, tensors) of a good checkpoint."""
+    if request.param == "FP32":
+        path = ROOT / "BEST_checkpoint.pth.tar"
+    else:
+        path = tmp_path_factory.mktemp("int8") / "INT8_checkpoint.pth.tar"
+        script.save_checkpoint(quantized(state)[0], path)
+    return path.read_bytes(), script.load_checkpoint(path)[1].state_dict()
+
+
+def test_three_hundred_mutated_checkpoints_of_a_kind(checkpoint, tmp_path):
+    """Refused with one line, or loaded with exactly the values that were saved."""
+    data, expected = checkpoint
+    rng, path, loaded = random.Random(SEED), tmp_path / "c.pth.tar", 0
+    for i in range(300):
+        changed = bytearray(data)
+        if i % 3 == 0:                                              # the archive's lists of names and sizes
+            for _ in range(rng.choice([1, 1, 5])):
+                changed[-rng.randrange(1, 4000)] ^= 1 << rng.randrange(8)
+        else:
+            changed = mutated(changed, rng)
+        path.write_bytes(changed)
+        try:
+            found = script.load_checkpoint(path)[1].state_dict()
+        except script.InputError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            continue
+        loaded += 1
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], value) for name, value in expected.items() if not name.startswith("range_")), i
+    assert loaded < 150                                             # what loads has its damage where nothing lies
+
+
+def with_parts(data, change):
+    """The archive with its parts changed, checksums right again. change: {name's end: function of bytes}."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            for end, function in change.items():
+                content = function(content) if name.endswith(end) else content
+            new.writestr(name, content)
+    return file.getvalue()
+
+
+def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch):
+    """Nothing but InputError comes out, nothing not finite comes in, and nothing is executed."""
+    data, expected = checkpoint
+    rng, path = random.Random(SEED), tmp_path / "c.pth.tar"
+    for name in ("system", "mkdir", "remove"):
+        monkeypatch.setattr(os, name, lambda *_: pytest.fail("executed"))
+    for _ in range(150):
+        path.write_bytes(with_parts(data, {"data.pkl": lambda content: mutated(content, rng)}))
+        try:
+            found = script.load_checkpoint(path)[1].state_dict()
+        except script.InputError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(found[name].shape == value.shape and found[name].float().isfinite().all() for name, value in expected.items())
+
+
+def archive(pickled, tensor=bytes(64)):
+    """A checkpoint in torch's format with this pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in [("c/data.pkl", pickled), ("c/data/0", tensor), ("c/version", b"3\n"), ("c/byteorder", b"little")]:
+            new.writestr(name, content)
+    return file.getvalue()
+
+
+class Calls:
+    """Reduces to a call of what is given."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+HOSTILE = {
+    "os.mkdir": lambda path: pickle.dumps({"model": Hostile(path)}),
+    "open": lambda path: pickle.dumps({"model": Calls(open, str(path), "w")}),
+    "exec": lambda path: pickle.dumps({"model": Calls(exec, f"open({str(path)!r}, 'w')")}),
+    "old opcodes": lambda path: b"\x80\x02(X\x04\x00\x00\x00pathcos\nmkdir\n(X" + struct.pack("<I", len(str(path))) + str(path).encode() + b"tR.",
+    "inst": lambda path: b"(S" + repr(str(path)).encode() + b"\nios\nmkdir\n.",
+    "beside good weights": lambda path: pickle.dumps({"model": {}, "optimizer": Hostile(path)}),
+    "as the recipe": lambda path: pickle.dumps({"model": {}, "recipe": Hostile(path)}),
+    "torch.load again": lambda path: pickle.dumps({"model": Calls(torch.load, str(path))}),
+    "attributes of a class": lambda path: pickle.dumps({"model": Calls(setattr, torch.nn.Conv2d, "forward", None)}),
+    "build on a class": lambda path: b"\x80\x02ctorch.nn.modules.conv\nConv2d\n}X\x07\x00\x00\x00forwardX\x01\x00\x00\x00xsb.",
+    "nested too deep": lambda path: b"\x80\x02" + b"(" * 100000 + b"t" * 100000 + b".",
+    "endless memo": lambda path: b"\x80\x02}q\x00" + b"h\x00" * 1000 + b".",
+    "a huge tuple": lambda path: b"\x80\x02(" + b"K\x01" * 10**6 + b"t.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles(tmp_path, name):
+    target, path = tmp_path / "executed", tmp_path / "c.pth.tar"
+    path.write_bytes(archive(HOSTILE[name](target)))
+    before = torch.load, torch.nn.Conv2d.forward
+    refused(path)
+    assert not target.exists() and (torch.load, torch.nn.Conv2d.forward) == before
+
+
+def test_a_storage_smaller_than_its_tensor(tmp_path, state):        # noqa: F811
+    file = io.BytesIO()
+    torch.save({"model": state}, file)
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(with_parts(file.getvalue(), {"/data/0": lambda content: content[:8]}))
+    refused(path, "damaged")
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch):
+    monkeypatch.setattr(script, "LARGEST_CHECKPOINT", 4 * MEGABYTE)
+    path = tmp_path / "c.pth.tar"
+    with zipfile.ZipFile(path, "w", packed) as file:
+        file.writestr("c/data.pkl", pickle.dumps({"model": {}}))
+        file.writestr("c/data/0", bytes(5 * MEGABYTE))
+    assert packed == zipfile.ZIP_STORED or path.stat().st_size < MEGABYTE
+    refused(path, "damaged")
+
+
+def test_two_parts_of_one_name(tmp_path, state):        # noqa: F811
+    """Which of them torch would read is not for an archive to choose."""
+    file = io.BytesIO()
+    torch.save({"model": state}, file)
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(file.getvalue())
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as added:
+        name = next(name for name in added.namelist() if name.endswith("/data/0"))
+        added.writestr(name, bytes(added.getinfo(name).file_size))
+    refused(path, "damaged")
+
+
+# same in, same out
+
+FIGURES = ("images", "layers", "ranges", "confusion", "agreement", "flips", "logit_sqnr_db", "calibration_curve", "mcnemar")
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """Eleven pictures, so that some batch sizes leave one over: (place, report, tensors of the INT8 checkpoint)."""
+    place = Place(tmp_path_factory.mktemp("usual"), 12)
+    (place.val / "dog.5.jpg").unlink()
+    return place, *run_of(place)
+
+
+def run_of(place, **constants):
+    report, _ = place.report(**constants)
+    tensors = torch.load(place.folder / "results" / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
+    return report, tensors
+
+
+@pytest.mark.parametrize("constants", [
+    dict(BATCH_SIZE=1), dict(BATCH_SIZE=2), dict(BATCH_SIZE=3), dict(BATCH_SIZE=10), dict(BATCH_SIZE=4096), dict(NUM_WORKERS=1),
+    dict(NUM_WORKERS=7, BATCH_SIZE=4), dict(INT8_ENGINE="reference")], ids=str)
+def test_batches_workers_and_executors_change_nothing(usual, constants):
+    """Not one bit of ranges, integers, classes or flips."""
+    place, expected, tensors = usual
+    report, found = run_of(place, **constants)
+    for key in FIGURES:
+        assert report[key] == expected[key], key
+    assert all(torch.equal(found[name], value) for name, value in tensors.items()) and len(found) == len(tensors)
+
+
+def test_order_of_the_listing_changes_nothing(usual, monkeypatch):
+    place, *_ = usual
+    expected = script.CatDogDataset(place.val).files
+    walk = os.walk
+
+    def shuffled(*args, **kwargs):
+        for folder, folders, files in walk(*args, **kwargs):
+            random.Random(1).shuffle(files)
+            yield folder, folders, files
+    monkeypatch.setattr(os, "walk", shuffled)
+    assert script.CatDogDataset(place.val).files == expected
+
+
+def test_order_of_the_pictures_changes_nothing(usual, monkeypatch):
+    """Ranges and logits of pictures that come in another order, and so beside others, to the last bit."""
+    place, *_ = usual
+    monkeypatch.setattr(script, "BATCH_SIZE", 4)
+    found = []
+    for shuffle in (False, True):
+        pictures = script.CatDogDataset(place.val)
+        if shuffle:
+            both = list(zip(pictures.files, pictures.labels))
+            random.Random(SEED).shuffle(both)
+            pictures.files, pictures.labels = map(list, zip(*both))
+        _, model = script.load_checkpoint(place.checkpoint)
+        outcome = script.calibrate(model, pictures)
+        int8 = model.fused().cl_scale()
+        answers = script.evaluate("", int8, pictures)
+        found.append(([getattr(model, f"range_{place}") for place in script.PLACES],
+                      {name: (label, fp32.tolist(), logits.tolist()) for name, label, fp32, logits in
+                       zip(outcome.files, outcome.labels.tolist(), outcome.logits, answers.logits)},
+                      list(int8.state_dict().values())))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0] + found[0][2], found[1][0] + found[1][2]))
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
+def test_fp32_values_do_not_depend_on_the_pictures_beside(size):
+    pixels = script.sample(script.CatDogDataset(PICTURES), 33)
+    _, model = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar")
+    folded = model.fused()
+    with torch.no_grad():
+        whole = dict(folded.activations(pixels))
+        parts = [dict(folded.activations(chunk)) for chunk in pixels.split(size)]
+    for place in script.PLACES:
+        assert torch.equal(torch.cat([part[place] for part in parts]), whole[place]), place
+
+
+# progress, Ctrl-C, full disks
+
+class Clock:
+    """A perf_counter that makes each batch take so many seconds."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 0, seconds
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
+class Pictures(list):
+    def batches(self):
+        for i in range(0, len(self), 10):
+            yield script.Batch(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.tensor([0] * 10), [f"cat.{i + k}" for k in range(10)])
+
+
+@pytest.mark.parametrize("terminal, seconds, lines", [
+    (False, 0.001, ["x Top1: 100.000, 100 of 100 pictures, 10000 a second"]),
+    (False, 5, ["x Top1: 100.000, 20 of 100 pictures, 2 a second, 40 seconds left",
+                "x Top1: 100.000, 40 of 100 pictures, 2 a second, 30 seconds left",
+                "x Top1: 100.000, 60 of 100 pictures, 2 a second, 20 seconds left",
+                "x Top1: 100.000, 80 of 100 pictures, 2 a second, 10 seconds left",
+                "x Top1: 100.000, 100 of 100 pictures, 2 a second, 0 seconds left",
+                "x Top1: 100.000, 100 of 100 pictures, 2 a second"]),
+    (True, 0.0625, [f"x Top1: 100.000, {n} of 100 pictures, 160 a second, 0 seconds left" for n in (20, 40, 60, 80, 100)]
+     + ["x Top1: 100.000, 100 of 100 pictures, 160 a second"]),
+])
+def test_progress(monkeypatch, capsys, terminal, seconds, lines):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(script.time, "perf_counter", Clock(seconds))
+    script.evaluate("x", lambda pixels: torch.tensor([[1.0, 0.0]]).expand(len(pixels), 2), Pictures(range(100)))
+    out = capsys.readouterr().out
+    assert out.endswith("\n")
+    if terminal:                                            # one line, written over and over
+        assert out.count("\n") == 1 and out.split("\r")[1:] == [f"{line}\033[K" for line in lines[:-1]] + [f"{lines[-1]}\033[K\n"]
+    else:
+        assert out.splitlines() == lines
+
+
+@pytest.mark.parametrize("after", ["calibrating on", "INT8 engine", "Where do the ranges come from"])
+def test_ctrl_c(tmp_path, after):
+    place = Place(tmp_path, 100)
+    place.report()
+    results = {file.name: file.read_bytes() for file in (place.folder / "results").iterdir()}
+    process = subprocess.Popen([sys.executable, "-u", place.folder / "quantize_catdog.py"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if after in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "stopped by Ctrl-C; files of earlier runs are as they were\n"
+    assert {file.name: file.read_bytes() for file in (place.folder / "results").iterdir()} == results
+
+
+def test_stopped_while_writing(tmp_path, monkeypatch):
+    """The file of before stays, and nothing half-written beside it."""
+    (tmp_path / "report.json").write_text("before")
+    monkeypatch.setattr(os, "replace", script.stop)
+    with pytest.raises(SystemExit, match="Ctrl-C"):
+        script.write_whole(tmp_path / "report.json", b"after")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize("error, words", [(28, "No space left"), (30, "Read-only file system")])
+def test_no_room_is_said_at_the_start(tmp_path, monkeypatch, error, words):
+    """The probe is as large as what a run writes: an empty file fits onto a full disk."""
+    sizes = []
+
+    def refuse(path, content):
+        sizes.append(len(content))
+        path.touch()
+        raise OSError(error, os.strerror(error))
+    monkeypatch.setattr(type(tmp_path), "write_bytes", refuse)
+    with pytest.raises(script.InputError, match=f"cannot write in {tmp_path}.*{words}.*OUTPUT_DIR"):
+        script.make_writable(tmp_path)
+    assert sizes == [8 * MEGABYTE] and list(tmp_path.iterdir()) == []
+
+
+def test_full_disk(tmp_path):
+    """A real one, where the tests may mount it."""
+    place = Place(tmp_path)
+    (place.folder / "results").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place.folder / "results"], capture_output=True).returncode:
+        pytest.skip("mount is not allowed")
+    try:
+        place.refuse("cannot write in", "No space left on device", "OUTPUT_DIR")
+    finally:
+        subprocess.run(["umount", place.folder / "results"], check=True)
+
+
+# scale
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
+    """Eight times as many pictures, and KEEP_BYTES of 40 MB between them: no more than that much more memory."""
+    text = (ROOT / "quantize_catdog.py").read_text()
+    limited = text.replace("KEEP_BYTES = 2**28", "KEEP_BYTES = 4 * 10**7")
+    assert limited != text
+    memory = []
+    for count in (300, 2400):
+        place = Place(tmp_path / str(count), 2)
+        with Image.open(PICTURES / "cat.0.jpg") as image:
+            image.resize((64, 64)).save(place.val / "cat.1.jpg")
+        for i in range(2, count):
+            os.link(place.val / "cat.1.jpg", place.val / f"{'cat' if i % 2 else 'dog'}.{i}.jpg")
+        (place.folder / "quantize_catdog.py").write_text(limited)
+        process = subprocess.Popen([sys.executable, place.folder / "quantize_catdog.py"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        report = json.loads((place.folder / "results" / "report.json").read_text())
+        assert report["images"]["evaluated"] == count + 1
+        memory.append(usage.ru_maxrss * 1024)
+    assert memory[1] < memory[0] + 60 * MEGABYTE, memory
+
+
+def test_crc_is_what_zip_says(tmp_path):
+    """The checksums that `intact` relies on are there in what torch and the script write."""
+    with zipfile.ZipFile(ROOT / "BEST_checkpoint.pth.tar") as file:
+        for part in file.infolist():
+            assert part.CRC == zlib.crc32(file.read(part.filename))

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = "import json, numpy, torch, torchnet.meter, PIL.Image, PIL.ImageOps, torch.utils.data"
+IMPORTS = "import json, numpy, torch, torchnet.meter, PIL.Image, PIL.ImageOps, zipfile"
 
 
 def seconds(command, folder):

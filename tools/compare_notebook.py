@@ -45,7 +45,7 @@ def main():
     if not args.pictures.is_dir():
         parser.error(f"no folder {args.pictures}")
 
-    times = {"notebook": [], "script": [], "imports": []}
+    times, stages = {"notebook": [], "script": [], "imports": []}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "cat_dog").mkdir()
@@ -59,7 +59,9 @@ def main():
                 times[name].append(taken)
                 if name == "notebook":
                     notebook_fp32 = float(re.findall(r"FP32 Top1: ([\d.]+)", out)[-1])
-        report = json.loads((folder / "results" / "report.json").read_text())
+                elif name == "script":
+                    report = json.loads((folder / "results" / "report.json").read_text())
+                    stages.append(report["seconds"])
 
     print("python tools/compare_notebook.py " + " ".join(sys.argv[1:]))
     print(f"{report['images']['evaluated']} pictures; Python {platform.python_version()}, torch {torch.__version__}; "
@@ -69,6 +71,11 @@ def main():
         print(f"{name:<9} median {median[name]:7.2f} s, from {min(taken):.2f} to {max(taken):.2f}")
     print(f"ratio     {median['notebook'] / median['script']:.2f} with imports, "
           f"{(median['notebook'] - median['imports']) / (median['script'] - median['imports']):.2f} without")
+    seconds_of = {stage: statistics.median(row[stage] for row in stages) for stage in stages[0]}
+    print("script, without imports: " + ", ".join(f"{stage} {taken:.2f}" for stage, taken in seconds_of.items()))
+    analysis = sum(seconds_of[stage] for stage in ("ledger, ranges", "drawing"))
+    print(f"ratio     {(median['notebook'] - median['imports']) / (sum(seconds_of.values()) - analysis):.2f} without imports, "
+          "ledger, ranges and drawing, which the notebook has not")
     print(f"FP32 Top1 notebook {notebook_fp32:.3f}, script {report['fp32']['top1']:.3f}")
 
 

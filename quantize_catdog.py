@@ -936,6 +936,7 @@ class Outcome(NamedTuple):
 
     @property
     def classes(self):
+        """0 or 1; where the logits are equal, 0, cat."""
         return self.logits.argmax(1)
 
     @property
@@ -983,8 +984,11 @@ def in_common(outcome, other):
 
 @torch.inference_mode()
 def time_networks(networks, pixels):
-    """{name: median ms a picture} of {name: network}, in turns on one batch of `pixels`, which is in memory already."""
-    batch, ms = pixels[:BATCH_SIZE], {name: [] for name in networks}
+    """{name: median ms a picture} of {name: network}, in turns on one batch of `pixels`, which is in memory already.
+
+    At least two pictures: the FP32 network makes two of one, see `linear`.
+    """
+    batch, ms = torch.cat([pixels, pixels])[:max(BATCH_SIZE, 2)], {name: [] for name in networks}
     for _ in range(15):
         for name, network in networks.items():
             start = time.perf_counter()
@@ -1078,18 +1082,19 @@ def histogram(x, largest):
 
 
 def energy(x):
-    """Sum of squares, in FP32: good for four digits, which is 0.001 dB."""
-    return torch.linalg.vector_norm(x).item()**2
+    """Sum of squares, in FP32, good for four digits or 0.001 dB; in FP64 where it overflows."""
+    norm = torch.linalg.vector_norm(x).item()
+    return (norm if norm < math.inf else torch.linalg.vector_norm(x.double()).item())**2
 
 
 def decibels(signal, noise):
-    """Ratio of two energies in dB; None when there is no signal or no noise, or either overflows."""
-    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and 0 < noise < math.inf else None
+    """Ratio of two energies in dB; None when there is no noise."""
+    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
 
 
 def sqnr_db(signal, changed):
-    """Signal-to-quantization-noise ratio in dB; None when there is no signal or no noise."""
-    return decibels(energy(signal.double()), energy((signal - changed).double()))
+    """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
+    return decibels(energy(signal.double()), energy(signal.double() - changed.double()))
 
 
 def round_trip(int8_model, place, x):
@@ -1101,11 +1106,15 @@ def round_trip(int8_model, place, x):
 
 
 def quantized_alone(model, int8_model, layer, x):
-    """{part: a layer's output on its FP32 input x when that part is quantized}; "fp32": none, "born": all of them."""
+    """{part: a layer's output on its FP32 input x when that part is quantized}; "fp32": none, "born": all of them.
+
+    The biases are those of before the bias correction, which makes up for what is inherited.
+    """
     part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
     per_channel = lambda values, dim: values.reshape(-1, *[1] * (dim - 1))
+    scale_in = getattr(int8_model, f"scale_{layer.source}")
     weight = part8.weight / per_channel(part8.w_scale, part.weight.dim()) - part.weight
-    bias = part8.bias / (part8.w_scale * getattr(int8_model, f"scale_{layer.source}")) - part.bias
+    bias = weight_quant(part.weight, part.bias, scale_in, int8_model.recipe)[1] / (part8.w_scale * scale_in) - part.bias
     by_weights = F.conv2d(x, weight) if layer.bn else F.linear(x.flatten(1), weight)
     by_biases = per_channel(bias, part.weight.dim() - 1)
     sums, activate = model.linear(layer, x), F.relu_ if layer.relu else lambda x: x
@@ -1125,41 +1134,40 @@ def error_ledger(model, int8_model, pixels):
     layer, INT8 input), the error of quantizing this layer alone ("born") and its parts ("weights", "biases" and
     "rounding" of the output); and the error of quantizing this layer alone at the logits ("logits").
     """
-    rows = {name: Counter() for name in ("input", *(layer.name for layer in LAYERS))}
-    histograms, codes = Counter(), Counter()
+    names = {"input": "input"} | {layer.place: layer.name for layer in LAYERS}      # {place: its row}
+    rows = {name: Counter() for name in names.values()}         # {row: {kind of error: its energy; count: so many}}
+    histograms, codes = Counter(), Counter()                    # {place: counts}, {place: counts of its integers}
     for chunk in pixels.split(5):
-        x, inputs = chunk.float(), {}           # of the FP32 network, and {other network: what its next layer reads}
+        x, others = chunk.float(), {}       # what the next layer reads: of the FP32 network, {of another: values}
         for (place, q), layer in zip(int8_model.activations(chunk), [None, *LAYERS]):
-            name, to = layer.name if layer else "input", int8_model.integers[place]
-            scale = getattr(int8_model, f"scale_{place}")
+            row, to, scale = rows[names[place]], int8_model.integers[place], getattr(int8_model, f"scale_{place}")
             if layer:
-                outputs = {network: model.linear(layer, values) for network, values in inputs.items()}
-                outputs = {network: F.relu_(values) if layer.relu else values for network, values in outputs.items()}
-                found = quantized_alone(model, int8_model, layer, x) | {"inherited": outputs["int8"]}
+                others = {name: model.linear(layer, values) for name, values in others.items()}
+                others = {name: F.relu_(values) if layer.relu else values for name, values in others.items()}
+                found = quantized_alone(model, int8_model, layer, x) | {"inherited": others["int8"]}
                 x = found.pop("fp32")
             else:
-                outputs, rounded = {}, round_trip(int8_model, place, x)
-                found = {"rounding": rounded, "born": rounded}
+                found = dict.fromkeys(("rounding", "born"), round_trip(int8_model, place, x))
             found["int8"] = q if int8_model.is_fp32(place) else q / scale
-            rows[name].update({kind: energy(values - x) for kind, values in found.items()}, signal=energy(x))
+            row.update({kind: energy(values - x) for kind, values in found.items()}, signal=energy(x))
             histograms[place] += histogram(x, ((to.high + 0.5) / scale).item())
             if not int8_model.is_fp32(place):
-                rows[name].update(values=x.numel(), clipped=int(torch.count_nonzero(x.abs() > (to.high + 0.5) / scale)))
-                codes[name] += torch.bincount(flat(q).int() - to.low, minlength=to.high - to.low + 1)
-            outputs |= {"int8": found["int8"], name: found["born"]}
-            inputs = {network: int8_model.maxpool(values) if layer and layer.pool else values
-                      for network, values in outputs.items()}
-            x = int8_model.maxpool(x) if layer and layer.pool else x
+                row.update(values=x.numel(), clipped=int(torch.count_nonzero(x.abs() > (to.high + 0.5) / scale)))
+                codes[place] += torch.bincount(flat(q).int() - to.low, minlength=to.high - to.low + 1)
+            others |= {"int8": found["int8"], names[place]: found["born"]}
+            if layer and layer.pool:
+                x, others = int8_model.maxpool(x), {name: int8_model.maxpool(values) for name, values in others.items()}
         for name, row in rows.items():
-            row["logits"] += energy(inputs[name] - x)
+            row["logits"] += energy(others[name] - x)
+
     ledger = []
-    for name, row in rows.items():
+    for place, name in names.items():
+        row, clipped, used, available = rows[name], None, None, None        # None where the logits stay FP32
+        if place in codes:
+            clipped, used, available = row["clipped"] / row["values"], int((codes[place] > 0).sum()), len(codes[place])
         sqnr = {kind: decibels(row["signal"], row[kind])
                 for kind in ("int8", "inherited", "born", "weights", "biases", "rounding")}
         sqnr["logits"] = decibels(rows["fc2"]["signal"], row["logits"])
-        clipped, used, available = None, None, None             # where the logits stay FP32
-        if name in codes:
-            clipped, used, available = row["clipped"] / row["values"], int((codes[name] > 0).sum()), len(codes[name])
         ledger.append({"name": name, "sqnr_db": sqnr, "clipped": clipped, "codes_used": used, "codes": available,
                        "hurts_most": False})
     guilty = [row for row in ledger if row["sqnr_db"]["logits"] is not None]
@@ -1173,10 +1181,10 @@ def range_sources(model, files, pixels):
     """Where a range comes from: a dict a place with the range, the picture that set it and its number, and the 99.9th
     percentile of the magnitudes on `pixels`, to a thousandth of the range. files: names of the calibration pictures.
     """
-    histograms, rows = Counter(), []
+    folded, histograms, rows = model.fused(), Counter(), []
     largest = {place: model.maxima[place].amax(1).cpu().numpy() for place in PLACES}        # (pictures,)
     for chunk in pixels.split(5):
-        for place, x in model.fused().activations(chunk):
+        for place, x in folded.activations(chunk):
             histograms[place] += histogram(x.abs(), largest[place].max().item())
     for place, values in largest.items():
         share = histograms[place].cumsum(0) / histograms[place].sum()
@@ -1217,7 +1225,7 @@ def calibration_curve(model, int8_model, calibration_pixels, pixels, fp32_logits
     for count in counts + [total]:
         other = int8_model if count == total else quantized(model, count, calibration_pixels, int8_model.engine)
         logits = torch.cat([other(chunk).cpu() for chunk in pixels.split(5)])
-        ranges = {place: (maxima[:count].max() / maxima.max().clamp(min=SMALLEST)).item()
+        ranges = {place: (maxima[:count].max() / maxima.max()).item() if maxima.max() else 1.0
                   for place, maxima in model.maxima.items()}
         rows.append({"pictures": count, "ranges": ranges, "sqnr_db": sqnr_db(fp32_logits, logits),
                      "agreement": (logits.argmax(1) == fp32_logits.argmax(1)).double().mean().item(),
@@ -1226,19 +1234,16 @@ def calibration_curve(model, int8_model, calibration_pixels, pixels, fp32_logits
     return [row | {"as_last": torch.equal(row.pop("classes"), last)} for row in rows]
 
 
-@torch.inference_mode()
 def sweep_bits(model, calibration_pixels, evaluation, fp32, engine):
     """The same network, pictures and recipe with BIT 8 down to 2: a dict each, with the seconds that it took."""
     rows = []
     for bit in range(8, 1, -1):
         start = time.perf_counter()
         int8_model = quantized(model, len(model.maxima["input"]), calibration_pixels, engine, BIT=bit)
-        logits = torch.cat([int8_model(batch.pixels.to(DEVICE)).cpu() for batch in evaluation.batches()])
-        classes = logits.argmax(1)
-        rows.append({"bit": bit, "top1": 100 * (classes == fp32.labels).double().mean().item(),
-                     "agreement": (classes == fp32.classes).double().mean().item(),
-                     "sqnr_db": sqnr_db(fp32.logits, logits), "size_bytes": size_of(int8_model),
-                     "seconds": time.perf_counter() - start})
+        expected, found = in_common(fp32, evaluate(f"{bit} bits", int8_model, evaluation))
+        rows.append({"bit": bit, "top1": found.top1, "sqnr_db": sqnr_db(expected.logits, found.logits),
+                     "agreement": (found.classes == expected.classes).double().mean().item(),
+                     "size_bytes": size_of(int8_model), "seconds": time.perf_counter() - start})
     return rows
 
 
@@ -1295,7 +1300,7 @@ def layer_rows(int8_model):
 
 
 def print_layers(rows):
-    print("layer  weight shape      range        scale in     scale out    weight scale             accumulator bits")
+    print("layer  weight shape      range kept   scale in     scale out    weight scale             accumulator bits")
     for row in rows:
         low, high = min(row["weight_scale"]), max(row["weight_scale"])
         shape = " x ".join(map(str, row["shape"]))
@@ -1314,7 +1319,14 @@ def size_of(model):
 
 
 def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, exact, ms):
-    """Everything the passes found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run."""
+    """Everything the passes found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run.
+
+    Raises InputError where a picture that did not calibrate makes FP32 overflow.
+    """
+    for outcome in (fp32, int8):
+        if outcome and not outcome.logits.isfinite().all():
+            raise InputError("logits overflow FP32: give a checkpoint with smaller weights")
+
     def accuracy(name, outcome):
         correct = int((outcome.classes == outcome.labels).sum())
         return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
@@ -1337,8 +1349,14 @@ def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, 
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
 
 
-def db(value):
-    return "exact" if value is None else f"{value:.1f}"
+def db(value, unit=""):
+    return "exact" if value is None else f"{value:.1f}{unit}"
+
+
+def shown(name, width=1000):
+    """A file's name without what would move a terminal's cursor, cut at the front where it is too long."""
+    name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+    return name if len(name) <= width else f"...{name[3 - width:]}"
 
 
 def print_ledger(ledger, pictures):
@@ -1347,35 +1365,36 @@ def print_ledger(ledger, pictures):
           "born, at the logits  clipped   codes used")
     for row in ledger:
         figures = {kind: db(value) for kind, value in row["sqnr_db"].items()}
-        clipped = "stay FP32" if row["codes"] is None else f"{100 * row['clipped']:.2g} %"
+        clipped = "stay FP32" if row["codes"] is None else f"{100 * row['clipped']:.3g} %"
         used = "" if row["codes"] is None else f"{row['codes_used']} of {row['codes']}"
         print("{:<7} {int8:>12}  {inherited:>9}  {born:>7}: {weights:>7}  {biases:>7}  {rounding:>17}   {logits:>19}  "
               "{:<9} {}".format(row["name"], clipped, used, **figures) + "  <- hurts most" * row["hurts_most"])
 
 
-def print_ranges(sources, curve):
-    print("\nWhere do the ranges come from?\nplace      range  set by picture              99.9 % of values up to")
+def print_ranges(sources, pictures, curve, compared):
+    print(f"\nWhere do the ranges come from? 99.9 %: no more than that, of the values of {pictures} pictures\n"
+          "place      range     99.9 %  range / that  set by picture")
     for row in sources:
         times = row["range"] / max(row["percentile999"], SMALLEST)
-        print(f"{row['place']:<6} {row['range']:>9.5g}  {row['number']:>6} {row['file']:<20} "
-              f"{row['percentile999']:>9.4g}, {times:.1f} times below")
-    print("\nHow many calibration pictures are enough? Ranges in % of the last; INT8 against FP32\n"
-          f"pictures {' '.join(f'{place:>6}' for place in PLACES)}   same class  logit SQNR")
+        print(f"{row['place']:<6} {row['range']:>9.5g}  {row['percentile999']:>9.4g}  {times:>12.1f}  "
+              f"{row['number']:>6} {shown(row['file'])}")
+    print("\nHow many calibration pictures are enough? Ranges in % of the last; INT8 against FP32 "
+          f"on {compared}\npictures {' '.join(f'{place:>6}' for place in PLACES)}   same class  logit SQNR")
     for row in curve:
         ranges = " ".join(f"{100 * row['ranges'][place]:>6.1f}" for place in PLACES)
-        print(f"{row['pictures']:>8} {ranges}   {100 * row['agreement']:>8.2f} % {db(row['sqnr_db']):>8} dB")
+        print(f"{row['pictures']:>8} {ranges}   {100 * row['agreement']:>8.2f} % {db(row['sqnr_db'], ' dB'):>11}")
     last = curve[-1]["pictures"]
     settled = max((i + 1 for i, row in enumerate(curve) if not row["as_last"]), default=0)      # the row from which
     classes = (f"between {curve[-2]['pictures']} and {last} a class still changed" if 0 < settled == len(curve) - 1 else
-               f"from {curve[settled]['pictures']} pictures on no class changes")
+               f"from {curve[settled]['pictures']} on no class changes")
     print(f"after picture {max(row['number'] for row in sources)} of {last} no range grows; {classes}")
 
 
 def print_sweep(sweep):
-    print("\nHow many bits?\nBIT   Top-1     same class  logit SQNR  bytes      seconds")
+    print("\nHow many bits?\nBIT    Top-1    same class  logit SQNR  bytes      seconds")
     for row in sweep:
-        print(f"{row['bit']:<5} {row['top1']:<7.3f} % {100 * row['agreement']:<7.2f} %  {db(row['sqnr_db']):>7} dB  "
-              f"{row['size_bytes']:<9,}  {row['seconds']:.2f}")
+        print(f"{row['bit']:<5} {row['top1']:>6.2f} %    {100 * row['agreement']:>6.2f} %  "
+              f"{db(row['sqnr_db'], ' dB'):>10}  {row['size_bytes']:<9,}  {row['seconds']:.2f}")
 
 
 def print_summary(report):
@@ -1385,10 +1404,10 @@ def print_summary(report):
         row = report[name]
         print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
               f"{row['interval95'][0]:.1f} to {row['interval95'][1]:.1f} %, {row['ms_per_image']:.2f} ms a picture, "
-              f"{report['size_bytes'][name]:,} bytes of parameters")
+              f"{report['size_bytes'][name]:,} bytes of parameters, packed")
     left_out = f"{len(report['skipped'])} files left out"
     if report["fp32"]:
-        print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {db(report['logit_sqnr_db'])} dB, INT8 "
+        print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {db(report['logit_sqnr_db'], ' dB')}, INT8 "
               f"{report['speedup']:.1f} times as fast; {len(report['flips'])} of {n} pictures changed their class; "
               + left_out)
         for name in ("fp32", "int8"):
@@ -1400,10 +1419,10 @@ def print_summary(report):
         print(left_out)
     for flip in report["flips"][:LISTED]:
         logits = [f"cat {cat:.3f} dog {dog:.3f}" for cat, dog in (flip["fp32_logits"], flip["int8_logits"])]
-        print(f"  {flip['file']} ({flip['label']}): FP32 {logits[0]}, margin {flip['fp32_margin']:.3f} -> "
+        print(f"  {shown(flip['file'])} ({flip['label']}): FP32 {logits[0]}, margin {flip['fp32_margin']:.3f} -> "
               f"INT8 {logits[1]}, for the {'better' if flip['better'] else 'worse'}")
     for row in report["skipped"][:LISTED]:
-        print(f"  left out {row['file']}: {row['reason']}")
+        print(f"  left out {shown(row['file'])}: {row['reason']}")
     hidden = max(0, len(report["flips"]) - LISTED) + max(0, len(report["skipped"]) - LISTED)
     if hidden:
         print(f"  ... and {hidden} more in report.json")
@@ -1411,11 +1430,11 @@ def print_summary(report):
 
 def verdict(report):
     """In words: is the difference between the two accuracies more than chance?"""
-    test, overlap = report["mcnemar"], report["fp32"]["interval95"][0] <= report["int8"]["interval95"][1]
-    overlap = overlap and report["int8"]["interval95"][0] <= report["fp32"]["interval95"][1]
-    chance = "no more than chance" if test["p"] >= 0.05 else "more than chance"
-    return (f"INT8 corrects {test['gained']} and spoils {test['lost']} of FP32's answers: {chance} (exact McNemar "
-            f"test, p = {test['p']:.2g}); the two 95 % intervals {'overlap' if overlap else 'do not overlap'}")
+    test, (fp32, int8) = report["mcnemar"], (report[name]["interval95"] for name in ("fp32", "int8"))
+    overlap = "overlap" if fp32[0] <= int8[1] and int8[0] <= fp32[1] else "do not overlap"
+    return (f"INT8 corrects {test['gained']} and spoils {test['lost']} of FP32's answers: "
+            f"{'no ' if test['p'] >= 0.05 else ''}more than chance (exact McNemar test, p = {test['p']:.2g}); the two "
+            f"95 % intervals, which do not know that the pictures are the same, {overlap}")
 
 
 BLUE, SKY, ORANGE, RED, GREEN, PINK, GRAY = "#0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7 #555555".split()
@@ -1438,7 +1457,7 @@ def draw_report(report, histograms, fp32, int8, folder):
 
     def draw_activations(grid):
         for i, (place, row) in enumerate(zip(PLACES, report["ledger"])):
-            counts = histograms[place].reshape(128, -1).sum(1).double()         # 32 bars from 0 to the range
+            counts = histograms[place].reshape(128, -1).sum(1).double()     # bars 64 to 95: from 0 to the range
             share, edges = (counts / counts.sum()).numpy(), np.arange(129) / 32 - 2
             lowest = -1.4 if place in ("fc1", "fc2") else 0
             axes = axes_of(grid[i], place, yscale="log", xlim=(lowest, 1.4), ylim=(1e-8, 30))
@@ -1446,10 +1465,10 @@ def draw_report(report, histograms, fp32, int8, folder):
             axes.stairs(share[32:96], edges[32:97], fill=True, color=SKY)
             for edge in (lowest < 0) * [-1] + [1]:
                 axes.axvline(edge, color=RED, linestyle="--", ymax=0.85)
-            clipped = "stays FP32" if row["clipped"] is None else f"{100 * row['clipped']:.2g} % clipped"
+            clipped = "stays FP32" if row["clipped"] is None else f"{100 * row['clipped']:.3g} % clipped"
             axes.text(0.5, 0.98, clipped, transform=axes.transAxes, ha="center", va="top", fontsize=11, color=GRAY)
             axes.set_yticks([1e-8, 1e-6, 1e-4, 1e-2, 1], [] if i else None)
-            axes.set_xlabel("value / range" if i == 0 else "")
+            axes.set_xlabel("value / largest kept" if i == 0 else "")
 
     def draw_ranges(where):
         axes, curve = axes_of(where, "Ranges, by calibration pictures", xscale="log", xlabel="pictures",
@@ -1504,9 +1523,8 @@ def draw_report(report, histograms, fp32, int8, folder):
             axes.set_axis_off()
             answers = [f"{CLASSES[classes]} by {(logits.max() - logits.min()).item():.3f}" for classes, logits in
                        ((fp32.classes[i], fp32.logits[i]), (int8.classes[i], int8.logits[i]))]
-            name = fp32.files[i].encode("ascii", "backslashreplace").decode()
-            name = name if len(name) < 16 else f"...{name[-12:]}"
-            text = f"{name} ({CLASSES[fp32.labels[i]]})\nFP32 {answers[0]}\nINT8 {answers[1]}"
+            name = fp32.files[i].encode("ascii", "backslashreplace").decode()      # the font knows few other letters
+            text = f"{shown(name, 15)} ({CLASSES[fp32.labels[i]]})\nFP32 {answers[0]}\nINT8 {answers[1]}"
             axes.text(0.5, -0.04, text, fontsize=11, va="top", ha="center", transform=axes.transAxes, parse_math=False,
                       color=RED if changed[i] else "black")
 
@@ -1514,13 +1532,14 @@ def draw_report(report, histograms, fp32, int8, folder):
     heading = dict(x=0.05, fontsize=13, fontweight="bold")
     smaller = report["size_bytes"]["fp32"] / report["size_bytes"]["int8"]
     figure.text(0.05, 0.96, f"INT8 answers {n - len(report['flips']):,} of {n:,} pictures as FP32; "
-                f"Top-1 {fp32.top1:.2f} -> {int8.top1:.2f} %; logit SQNR {db(report['logit_sqnr_db'])} dB; "
+                f"Top-1 {fp32.top1:.2f} -> {int8.top1:.2f} %; logit SQNR {db(report['logit_sqnr_db'], ' dB')}; "
                 f"{report['speedup']:.1f} x as fast, {smaller:.1f} x as small", fontsize=15)
-    figure.text(y=0.915, s="Activations: share of values, FP32; beyond the dashed range they are clipped", **heading)
+    figure.text(y=0.915, s="Activations: share of the FP32 values; beyond the dashed range they are clipped (HEADROOM "
+                "widens cv4's and fc1's)", **heading)
     rows = figure.add_gridspec(3, 1, left=0.05, right=0.985, top=0.875, bottom=0.08, hspace=0.5,
                                height_ratios=[1, 1.3, 0.8])
     draw_activations(rows[0].subgridspec(1, len(PLACES), wspace=0.1))
-    middle = rows[1].subgridspec(1, 3 if "sweep_bits" in report else 2, wspace=0.4)
+    middle = rows[1].subgridspec(1, 3 if "sweep_bits" in report else 2, wspace=0.5)
     draw_ranges(middle[0])
     draw_ledger(middle[1])
     if "sweep_bits" in report:
@@ -1658,7 +1677,7 @@ if __name__ == "__main__":
         compared = sample(evaluation, 100)
         report["calibration_curve"] = calibration_curve(model, int8_model, calibration_pixels, compared,
                                                         fp32.logits[:len(compared)])
-        print_ranges(report["ranges"], report["calibration_curve"])
+        print_ranges(report["ranges"], len(calibration_pixels), report["calibration_curve"], len(compared))
         watch.lap("ledger, ranges")
         if SWEEP_BITS:
             report["sweep_bits"] = sweep_bits(model, calibration_pixels, evaluation, fp32, int8_model.engine)
@@ -1668,14 +1687,17 @@ if __name__ == "__main__":
         watch.lap("drawing")
 
     # %% what is kept: the INT8 network, the report and its picture
-    folder = ROOT / OUTPUT_DIR
-    report["seconds"] = watch
+    folder, report["seconds"] = ROOT / OUTPUT_DIR, watch
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # the three belong together
+    write_whole(folder / "report.json", text.encode())
     if quantizing:
-        save_checkpoint(int8_model, folder / "INT8_checkpoint.pth.tar")
         write_whole(folder / "report.png", picture)
-    write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    if quantizing:
+        save_checkpoint(int8_model, folder / "INT8_checkpoint.pth.tar")
         kept = INT8_Model.load(folder / "INT8_checkpoint.pth.tar")
         print(f"\nloaded back, the INT8 checkpoint changes a logit by {largest_change(int8_model, kept, pixels):g}")
+    else:
+        (folder / "report.png").unlink(missing_ok=True)         # of another run
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print_summary(report)
     print(f"wrote {folder}/report.json" + (", report.png and INT8_checkpoint.pth.tar" if quantizing else ""))

@@ -134,6 +134,27 @@ def test_input_has_an_error_where_pixels_have_fewer_bits(quantized, monkeypatch)
     assert ledger[0]["sqnr_db"]["logits"] is not None and ledger[0]["codes"] == 16
 
 
+def test_bias_correction_is_no_error_of_the_layer(monkeypatch):
+    """It makes up for what is inherited, and would be called the layer's own error otherwise."""
+    model, _ = calibrated(MANY)
+    ledgers = []
+    for correct in (False, True):
+        int8 = script.quantized(model, 12, MANY, "reference", BIT=3, GPTQ=False, EQUALIZE=False, BIAS_CORRECTION=correct)
+        ledgers.append(script.error_ledger(model.fused(), int8, MANY[:5])[0])
+    for plain, corrected in zip(*ledgers):
+        for kind in ("born", "weights", "biases", "rounding", "logits"):
+            assert plain["sqnr_db"][kind] == corrected["sqnr_db"][kind]
+    assert ledgers[0][-1]["sqnr_db"]["int8"] != ledgers[1][-1]["sqnr_db"]["int8"]
+
+
+def test_decibels_where_there_is_nothing_or_too_much():
+    zeros, huge = torch.zeros(4, 3), torch.full((4, 3), 1e25)
+    assert script.sqnr_db(huge, huge) is None and script.sqnr_db(zeros, zeros) is None          # no noise: exact
+    assert script.sqnr_db(zeros, huge) < -300
+    assert script.sqnr_db(huge, 0.9 * huge) == pytest.approx(20, abs=1e-3)
+    assert script.energy(huge) == pytest.approx(12e50, rel=1e-6)                                # beyond FP32
+
+
 def test_ledger_is_the_same_whatever_the_executor(quantized):
     reference, _ = script.error_ledger(quantized.model, quantized.int8, quantized.pixels)
     kernels = quantized.model.cl_scale()
@@ -210,16 +231,17 @@ def test_curve_is_what_calibrating_on_so_many_gives():
 
 
 @pytest.mark.parametrize("as_last, words", [
-    ([False, False, True, True], "from 5 pictures on no class changes"),
+    ([False, False, True, True], "from 5 on no class changes"),
     ([False, True, False, True], "between 5 and 7 a class still changed"),
-    ([True, True, True, True], "from 1 pictures on no class changes")])
+    ([True, True, True, True], "from 1 on no class changes")])
 def test_from_which_picture_on_nothing_changes(capsys, as_last, words):
     curve = [{"pictures": n, "ranges": dict.fromkeys(oracle.PLACES, 1), "agreement": 1, "sqnr_db": 30, "as_last": same}
              for n, same in zip((1, 2, 5, 7), as_last)]
     sources = [{"place": "input", "range": 4.0, "file": f"cat.{n}.jpg", "number": n, "percentile999": 2.0} for n in (3, 6, 2)]
-    script.print_ranges(sources, curve)
+    script.print_ranges(sources, 3, curve, 9)
     out = capsys.readouterr().out
-    assert f"after picture 6 of 7 no range grows; {words}\n" in out and "2.0 times below" in out
+    assert f"after picture 6 of 7 no range grows; {words}\n" in out and "input          4          2           2.0       6 cat.6.jpg\n" in out
+    assert "the values of 3 pictures" in out and "INT8 against FP32 on 9\n" in out
 
 
 # flips
@@ -252,14 +274,16 @@ def test_planted_flips():
     assert found["confusion"] == {"fp32": [[1, 1], [1, 2]], "int8": [[2, 0], [2, 1]]}
 
 
-@pytest.mark.parametrize("lost, words", [(5, "no more than chance (exact McNemar test, p = 0.062); the two 95 % intervals overlap"),
-                                         (6, "more than chance (exact McNemar test, p = 0.031); the two 95 % intervals overlap"),
-                                         (40, "more than chance (exact McNemar test, p = 1.8e-12); the two 95 % intervals do not overlap")])
-def test_verdict(lost, words):
+@pytest.mark.parametrize("lost, chance, overlap", [
+    (5, "no more than chance (exact McNemar test, p = 0.062)", "overlap"),
+    (6, "more than chance (exact McNemar test, p = 0.031)", "overlap"),
+    (40, "more than chance (exact McNemar test, p = 1.8e-12)", "do not overlap")])
+def test_verdict(lost, chance, overlap):
     def row(correct):
         return {"interval95": script.wilson(correct, 100)}
     report = {"mcnemar": {"gained": 0, "lost": lost, "p": script.mcnemar(0, lost)}, "fp32": row(90), "int8": row(90 - lost)}
-    assert script.verdict(report) == f"INT8 corrects 0 and spoils {lost} of FP32's answers: {words}"
+    assert script.verdict(report) == (f"INT8 corrects 0 and spoils {lost} of FP32's answers: {chance}; the two 95 % "
+                                      f"intervals, which do not know that the pictures are the same, {overlap}")
 
 
 # the run
@@ -281,7 +305,21 @@ def test_sweep_is_what_editing_bit_gives(swept, tmp_path):
         assert row["sqnr_db"] == pytest.approx(edited["logit_sqnr_db"], abs=1e-6)
         assert row["size_bytes"] == edited["size_bytes"]["int8"] and 0 < row["seconds"] < 60
         assert "sweep_bits" not in edited
-    assert f"3     {report['sweep_bits'][5]['top1']:.3f}" in out
+    assert f"3     {report['sweep_bits'][5]['top1']:>6.2f} %" in out
+
+
+def test_sweep_of_pictures_that_went(swept, monkeypatch):
+    """What has gone since FP32 saw it is not compared."""
+    place, _, _ = swept
+    monkeypatch.setattr(script, "KEEP_BYTES", 0)
+    monkeypatch.setattr(script, "BATCH_SIZE", 1)
+    pictures = script.CatDogDataset(place.val)
+    _, model = script.load_checkpoint(place.checkpoint)
+    fp32 = script.calibrate(model, pictures)
+    gone = (place.val / "dog.2.jpg").rename(place.folder / "dog.2.jpg")
+    rows = script.sweep_bits(model, script.sample(pictures), pictures, fp32, "reference")
+    gone.rename(place.val / "dog.2.jpg")
+    assert {round(row["agreement"] * 5, 6) % 1 for row in rows} == {0}                          # fifths: of five pictures
 
 
 def test_run_says_it_in_the_terminal_too(swept):
@@ -290,7 +328,7 @@ def test_run_says_it_in_the_terminal_too(swept):
     guilty = next(row for row in report["ledger"] if row["hurts_most"])
     assert marked.startswith(guilty["name"]) and f"{guilty['sqnr_db']['logits']:.1f}" in marked
     for row in report["ranges"]:
-        assert f"{row['number']:>6} {row['file']}" in re_line(out, f"{row['place']:<6} {row['range']:>9.5g}")
+        assert re_line(out, f"{row['place']:<6} {row['range']:>9.5g}").endswith(f"{row['number']:>6} {row['file']}")
     assert report["calibration_curve"][-1]["pictures"] == 6 and report["calibration_curve"][-1]["as_last"] is True
     assert "SWEEP_BITS = True" in out and "report.png" in out.splitlines()[-1]
 
@@ -371,6 +409,12 @@ def test_clipped_part_is_drawn_beyond_the_range(swept, monkeypatch):
     assert values[(edges[:-1] >= 1)].tolist() == pytest.approx([0, 7 / 1031] + [0] * 30)
     assert kept[0].get_data()[1][-1] == 1 and kept[0].zorder >= clipped[0].zorder
     assert [line.get_xdata()[0] for line in axes.lines] == [1]
+
+
+def test_names_that_would_move_the_cursor(capsys):
+    assert script.shown("cats/\x1b[31mred\n.jpg") == r"cats/\x1b[31mred\n.jpg"
+    assert script.shown("\u732b.jpg") == "\u732b.jpg"
+    assert script.shown("a" * 20 + "cat.jpg", 15) == "...aaaaacat.jpg" and len(script.shown("b" * 15, 15)) == 15
 
 
 def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(tmp_path):

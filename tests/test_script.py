@@ -345,8 +345,7 @@ def test_refused_write_leaves_nothing_behind(place):
     (place.folder / "results" / "report.json").mkdir(parents=True)
     status, _, err = place.run()
     assert status == 1 and "cannot write" in err and len(err.splitlines()) == 1
-    assert {file.name for file in (place.folder / "results").iterdir()} == {"report.json", "INT8_checkpoint.pth.tar",
-                                                                            "report.png"}
+    assert {file.name for file in (place.folder / "results").iterdir()} == {"report.json"}
 
 
 def test_name_that_a_terminal_cannot_show(place):
@@ -441,6 +440,15 @@ def test_weights_that_overflow(tmp_path, state):
     model.load_state_dict({**state, "cnn1.weight": torch.full((16, 3, 5, 5), 1e38)}, strict=False)
     with pytest.raises(SystemExit, match="values at cv1 overflow FP32"):
         quantize_catdog.calibrate(model, quantize_catdog.CatDogDataset(Place(tmp_path).val))
+
+
+def test_evaluated_picture_that_overflows(place, state):
+    """The calibration pictures are black; what the others lead to is no number. Nothing is written."""
+    black = place.folder / "cat_dog" / "black"
+    black.mkdir()
+    Image.new("RGB", (224, 224)).save(black / "cat.0.jpg")
+    torch.save({"model": {**state, "fc2.weight": state["fc2.weight"] * 1.2e38}}, place.checkpoint)
+    place.refuse("logits overflow FP32", CALIBRATION_SPLIT="black")
 
 
 def test_headroom_that_overflows(tmp_path, state):
@@ -565,7 +573,9 @@ def test_int8_checkpoint_holds_what_was_run(place):
 
     # alone: no calibration pictures, other constants, the same answers
     shutil.copy(path, place.folder / "kept.pth.tar")
+    assert (place.folder / "results" / "report.png").exists()
     alone, out = place.report(CHECKPOINT="kept.pth.tar", CALIBRATION_SPLIT="nowhere", BIT=4, PER_CHANNEL=False)
+    assert not (place.folder / "results" / "report.png").exists()              # it would be another run's
     assert "FP32 Top1" not in out and alone["fp32"] is alone["agreement"] is alone["speedup"] is None
     assert alone["images"] == {"evaluated": 6, "calibrated": None} and alone["recipe"] == report["recipe"]
     assert alone["layers"] == report["layers"] and alone["size_bytes"]["int8"] == report["size_bytes"]["int8"]

@@ -743,12 +743,13 @@ def gptq(weight, w_scale, moments, to):
     damping = 0.01 * moments.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), device=moments.device))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    weight, rounded = weight.clone(), torch.zeros_like(weight, dtype=to.dtype)
-    for k in range(weight.shape[1]):
-        rounded[:, k] = quantize(weight[:, k], w_scale, to)
-        error = weight[:, k] - rounded[:, k] / w_scale
-        weight[:, k:] -= error[:, None] / upper[k, k] * upper[k, k:]
-    return rounded
+    weight = weight.t().clone(memory_format=torch.contiguous_format)            # (K, out)
+    rounded = torch.zeros_like(weight, dtype=to.dtype)
+    for k in range(len(weight)):
+        rounded[k] = quantize(weight[k], w_scale, to)
+        error = (weight[k] - rounded[k] / w_scale) / upper[k, k]
+        weight[k:].addr_(upper[k, k:], error, alpha=-1)
+    return rounded.t()
 
 
 @torch.no_grad()

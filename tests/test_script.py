@@ -35,14 +35,19 @@ class Place:
         shutil.copy(ROOT / "BEST_checkpoint.pth.tar", self.checkpoint)
         shutil.copy(ROOT / "quantize_catdog.py", folder)
 
-    def run(self, environment=None, **constants):
-        """Edit constants as a user would, run the copy, and return (exit status, stdout, stderr)."""
+    def edit(self, **constants):
+        """Edit constants as a user would, and return the copy's path."""
         script = self.folder / "quantize_catdog.py"
         text = (ROOT / "quantize_catdog.py").read_text()
         for name, value in constants.items():
             text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", text)
             assert count == 1, f"{name} is not one assignment on one line"
         script.write_text(text)
+        return script
+
+    def run(self, environment=None, **constants):
+        """Run the copy with these constants, and return (exit status, stdout, stderr)."""
+        script = self.edit(**constants)
         # from another folder: relative paths must be taken from the script's
         done = subprocess.run([sys.executable, script], cwd="/", capture_output=True, text=True, timeout=300,
                               env={**os.environ, **(environment or {})})

@@ -345,7 +345,7 @@ def weight_quant(w, b, in_scale, recipe):
     Products of inputs and weights carry the scale in_scale * w_scale; so must the bias that is added to them.
     """
     to = int_range(recipe["BIT"])
-    rows = (w if recipe["PER_CHANNEL"] else w[None]).flatten(1)                           # one row a scale
+    rows = (w if recipe["PER_CHANNEL"] else w[None]).flatten(1)                 # one row a scale
     w_scale = scale_of(to.high, rows.abs().amax(1))
     if recipe["BIAS_BIT"] == 32:
         # next to weights of nearly 0 a bias would leave int32: then the bias sets the scale, at half of int32,
@@ -362,8 +362,8 @@ def weight_quant(w, b, in_scale, recipe):
 # ## The FP32 network and its observers
 # Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer sits at each
 # *place*: the input, each ReLU's output, each fully connected layer's output. It remembers the largest magnitude
-# that it has seen in each channel, `range_<place>`, and the one of each picture. The largest of all is the range
-# that `cl_scale` turns into the place's scale.
+# that it has seen in each channel of a map, or in all values of a fully connected layer, as `range_<place>`, and the
+# one of each picture as `maxima[place]`. The largest of all is the range that `cl_scale` turns into the place's scale.
 
 # %%
 class Layer(NamedTuple):

@@ -1,7 +1,6 @@
 """What the run says about quantization, against direct computation: ledger, ranges, curve, flips, bits, picture."""
 import io
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np

@@ -314,9 +314,19 @@ def scale_of(largest_integer, range_data):
     return largest_integer / range_data.clamp(min=SMALLEST)
 
 
+def spread(values, dims):
+    """(out,) or (1,) -> the same with `dims` more axes of length 1: one value per output channel."""
+    return values.reshape(-1, *[1] * dims)
+
+
+def round_and_clip(x, scale, to):
+    """clip(round(x * scale), low, high): FP32 -> whole numbers in FP32. to: an IntRange."""
+    return (x * scale).round_().clip_(to.low, to.high)
+
+
 def quantize(x, scale, to):
     """q = clip(round(x * scale), low, high): FP32 -> the integer type of `to`, an IntRange."""
-    return torch.clip(torch.round(x * scale), to.low, to.high).to(to.dtype)
+    return round_and_clip(x, scale, to).to(to.dtype)
 
 
 def requantize(sums, bias, multiplier, to):
@@ -352,7 +362,7 @@ def weight_quant(w, b, in_scale, recipe):
         # which leaves the other half to the products
         b_rows = b.reshape(len(rows), -1)
         w_scale = torch.minimum(w_scale, scale_of(2**30, b_rows.abs().amax(1) * in_scale))
-    wq = quantize(w, w_scale.reshape(-1, *[1] * (w.dim() - 1)), to)
+    wq = quantize(w, spread(w_scale, w.dim() - 1), to)
     b_largest = 2**(recipe["BIAS_BIT"] - 1) - 1
     bq = torch.round(b * (w_scale * in_scale)).double().clip(-b_largest, b_largest)     # FP32 cannot hold b_largest
     return wq, bq.to(torch.int32), w_scale
@@ -523,8 +533,8 @@ class CNN_Model(nn.Module):
             state[f"scale_{place}"] = scale_of(to.high, range_data * headroom)
         for layer in LAYERS:
             part = getattr(self, layer.name)
-            quantized = weight_quant(part.weight, part.bias, state[f"scale_{layer.source}"], model.recipe)
-            state |= {f"{layer.name}.{key}": tensor for key, tensor in zip(("weight", "bias", "w_scale"), quantized)}
+            tensors = weight_quant(part.weight, part.bias, state[f"scale_{layer.source}"], model.recipe)
+            state |= {f"{layer.name}.{key}": tensor for key, tensor in zip(("weight", "bias", "w_scale"), tensors)}
         model.load_state_dict(state)
         return model.to(self.fc1.weight.device)
 
@@ -631,11 +641,14 @@ class INT8_Model(nn.Module):
         """Bits of the largest possible |accumulator|; int32 has 31."""
         return int(self.largest_accumulator(layer).max()).bit_length()
 
+    def sum_scale(self, layer):
+        """scale_in * scale_w, (out,) or (1,): the scale of a layer's sums of products, and of its bias."""
+        return getattr(self, f"scale_{layer.source}") * getattr(self, layer.name).w_scale
+
     def multiplier(self, layer):
         """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where the logits stay FP32."""
-        scale_in, part = getattr(self, f"scale_{layer.source}"), getattr(self, layer.name)
         scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
-        return (scale_out / (scale_in * part.w_scale)).expand(part.bias.shape).contiguous()
+        return (scale_out / self.sum_scale(layer)).expand(getattr(self, layer.name).bias.shape).contiguous()
 
     def sums(self, layer, x):
         """Integer inputs -> sums of products. The one place where floats hold integers.
@@ -651,8 +664,7 @@ class INT8_Model(nn.Module):
 
     def rescale(self, layer, sums):
         """Sums of products -> integers of the layer's place, before pooling, or FP32 logits."""
-        shape = (-1, *[1] * (sums.dim() - 2))                               # one value per output channel
-        bias, multiplier = getattr(self, layer.name).bias.reshape(shape), self.multiplier(layer).reshape(shape)
+        bias, multiplier = (spread(x, sums.dim() - 2) for x in (getattr(self, layer.name).bias, self.multiplier(layer)))
         if self.is_fp32(layer.place):
             return sums * multiplier + bias * multiplier                    # FP32 (N, 2)
         to = self.integers[layer.place]
@@ -777,8 +789,8 @@ def refine(int8_model, model, pixels):
             part8.weight.copy_(gptq(part.weight.flatten(1).double(), w_scale.double(), moments,
                                     int_range(recipe["BIT"])).reshape(part8.weight.shape))
         relu = getattr(model, layer.relu) if layer.relu else nn.Identity()
-        bias = part8.bias.float().reshape(-1, *[1] * (part.weight.dim() - 2))
-        unit = getattr(int8_model, f"scale_{layer.source}") * w_scale           # integers per unit of a sum
+        bias = spread(part8.bias.float(), part.weight.dim() - 2)
+        unit = int8_model.sum_scale(layer).expand(w_scale.shape)                # integers per unit of a sum
         sums, gaps = [], []
         for i, q in enumerate(qs):
             x = relu(model.linear(layer, xs[i]))                                # cnn1: FP32 (5, 16, 220, 220)
@@ -1098,26 +1110,37 @@ def sqnr_db(signal, changed):
     return decibels(energy(signal.double()), energy(signal.double() - changed.double()))
 
 
+def agreement(logits, other):
+    """Share of the pictures that both give the same class."""
+    return (logits.argmax(1) == other.argmax(1)).double().mean().item()
+
+
 def round_trip(int8_model, place, x):
     """FP32 values to the integers of a place and back; logits that stay FP32 stay what they are."""
     if int8_model.is_fp32(place):
         return x
-    scale, to = getattr(int8_model, f"scale_{place}"), int8_model.integers[place]
-    return (x * scale).round_().clip_(to.low, to.high).div_(scale)
+    scale = getattr(int8_model, f"scale_{place}")
+    return round_and_clip(x, scale, int8_model.integers[place]).div_(scale)
 
 
-def quantized_alone(model, int8_model, layer, x):
-    """{part: a layer's output on its FP32 input x when that part is quantized}; "fp32": none, "born": all of them.
+def rounding_errors(model, int8_model, layer):
+    """What quantization adds to a layer's FP32 weight and bias, in their shapes.
 
     The biases are those of before the bias correction, which makes up for what is inherited.
     """
     part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
-    per_channel = lambda values, dim: values.reshape(-1, *[1] * (dim - 1))
-    scale_in = getattr(int8_model, f"scale_{layer.source}")
-    weight = part8.weight / per_channel(part8.w_scale, part.weight.dim()) - part.weight
-    bias = weight_quant(part.weight, part.bias, scale_in, int8_model.recipe)[1] / (part8.w_scale * scale_in) - part.bias
+    bias = weight_quant(part.weight, part.bias, getattr(int8_model, f"scale_{layer.source}"), int8_model.recipe)[1]
+    return (part8.weight / spread(part8.w_scale, part.weight.dim() - 1) - part.weight,
+            bias / int8_model.sum_scale(layer) - part.bias)
+
+
+def quantized_alone(model, int8_model, layer, x, weight, bias):
+    """{part: a layer's output on its FP32 input x when that part is quantized}; "fp32": none, "born": all of them.
+
+    weight, bias: the layer's `rounding_errors`.
+    """
     by_weights = F.conv2d(x, weight) if layer.bn else F.linear(x.flatten(1), weight)
-    by_biases = per_channel(bias, part.weight.dim() - 1)
+    by_biases = spread(bias, weight.dim() - 2)
     sums, activate = model.linear(layer, x), F.relu_ if layer.relu else lambda x: x
     both = activate((sums + by_weights).add_(by_biases))
     found = {"weights": activate(by_weights.add_(sums)), "biases": activate(sums + by_biases), "fp32": activate(sums)}
@@ -1138,6 +1161,7 @@ def error_ledger(model, int8_model, pixels):
     names = {"input": "input"} | {layer.place: layer.name for layer in LAYERS}      # {place: its row}
     rows = {name: Counter() for name in names.values()}         # {row: {kind of error: its energy; count: so many}}
     histograms, codes = Counter(), Counter()                    # {place: counts}, {place: counts of its integers}
+    errors = {layer.name: rounding_errors(model, int8_model, layer) for layer in LAYERS}
     for chunk in pixels.split(5):
         x, others = chunk.float(), {}       # what the next layer reads: of the FP32 network, {of another: values}
         for (place, q), layer in zip(int8_model.activations(chunk), [None, *LAYERS]):
@@ -1145,7 +1169,8 @@ def error_ledger(model, int8_model, pixels):
             if layer:
                 others = {name: model.linear(layer, values) for name, values in others.items()}
                 others = {name: F.relu_(values) if layer.relu else values for name, values in others.items()}
-                found = quantized_alone(model, int8_model, layer, x) | {"inherited": others["int8"]}
+                found = quantized_alone(model, int8_model, layer, x, *errors[layer.name])
+                found["inherited"] = others["int8"]
                 x = found.pop("fp32")
             else:
                 found = dict.fromkeys(("rounding", "born"), round_trip(int8_model, place, x))
@@ -1229,8 +1254,7 @@ def calibration_curve(model, int8_model, calibration_pixels, pixels, fp32_logits
         ranges = {place: (maxima[:count].max() / maxima.max()).item() if maxima.max() else 1.0
                   for place, maxima in model.maxima.items()}
         rows.append({"pictures": count, "ranges": ranges, "sqnr_db": sqnr_db(fp32_logits, logits),
-                     "agreement": (logits.argmax(1) == fp32_logits.argmax(1)).double().mean().item(),
-                     "classes": logits.argmax(1)})
+                     "agreement": agreement(fp32_logits, logits), "classes": logits.argmax(1)})
     last = rows[-1]["classes"]
     return [row | {"as_last": torch.equal(row.pop("classes"), last)} for row in rows]
 
@@ -1243,7 +1267,7 @@ def sweep_bits(model, calibration_pixels, evaluation, fp32, engine):
         int8_model = quantized(model, len(model.maxima["input"]), calibration_pixels, engine, BIT=bit)
         expected, found = in_common(fp32, evaluate(f"{bit} bits", int8_model, evaluation))
         rows.append({"bit": bit, "top1": found.top1, "sqnr_db": sqnr_db(expected.logits, found.logits),
-                     "agreement": (found.classes == expected.classes).double().mean().item(),
+                     "agreement": agreement(expected.logits, found.logits),
                      "size_bytes": size_of(int8_model), "seconds": time.perf_counter() - start})
     return rows
 
@@ -1670,7 +1694,6 @@ if __name__ == "__main__":
                           calibration.left_out() | evaluation.left_out(), fp32, int8, model, int8_model, exact, ms)
 
     # %% what quantization did: the errors, the ranges, the bits
-    picture = None
     if quantizing:
         report["ledger"], histograms = error_ledger(folded, int8_model, pixels)
         print_ledger(report["ledger"], len(pixels))

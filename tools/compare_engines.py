@@ -321,7 +321,7 @@ def print_table(engines, quality, times, labels, batches):
             cells += [f"{middle[engine.name, batch]:.2f} ({low:.2f}-{high:.2f})", f"{ratio:.2f}"]
         logits = quality[engine.name]
         sqnr = script.sqnr_db(reference, logits)
-        same = (logits.argmax(1) == reference.argmax(1)).double().mean().item()
+        same = script.agreement(reference, logits)
         right = (logits.argmax(1) == labels).double().mean().item()
         print(f"| {engine.name} | " + " | ".join(cells) + f" | {100 * right:.1f} % | {100 * same:.1f} % | "
               f"{'-' if sqnr is None else f'{sqnr:.1f} dB'} | {engine.size / 1000:,.0f} |")

@@ -2,54 +2,72 @@
 
     pip install -r requirements.txt && python quantize_catdog.py
 
-A network trained in FP32 becomes one of 8-bit integers, without training it again: run it once on
-calibration pictures and note the largest value at 7 places of the network, turn these ranges into
-scales, round weights and biases to integers, then run on integers alone:
+A network trained in FP32 becomes one of 8-bit integers without being trained again: run it on
+pictures and note the largest magnitude at 7 places of the network, turn these ranges into scales,
+round weights and biases to integers, then multiply and add integers alone.
 
-    stage       what it does                                          what leaves it
-    pictures    decode and resize                                     uint8   (N, 3, 224, 224)
-    calibrate   FP32 network, an observer at each place               range   one float a channel
-    fold        batch norm into the convolution before it             FP32    weights, biases
-    equalize    weak channels times a factor, undone a layer later    FP32    weights, biases
-    quantize    scale = largest integer / range                       int8    weights, int32 biases
-    refine      rounding and biases, by the outputs they lead to      int8    weights, int32 biases
-    INT8 pass   uint8 x int8 -> int32 sums -> uint8, layer by layer   FP32    logits (N, 2)
-    analysis    where the error is born, what the ranges rest on      tables, results/report.png
-    report      what changed, and by how much                         results/report.json, INT8_checkpoint.pth.tar
+    step        what it does                                          what leaves it
+    pictures    decode and resize                                     uint8  (N, 3, 224, 224)
+    load        read the checkpoint, executing nothing of it          FP32   weights, batch norms
+    fold        each batch norm into the convolution before it        FP32   weights, biases
+    calibrate   run in FP32, with an observer at each place           FP32   logits (N, 2), ranges
+    quantize    scale = largest integer / range; then round, so       int8   weights
+                that the outputs stay close to FP32                   int32  biases
+    prove       this CPU's INT8 kernels against their definition      the kernels, or the reference
+    evaluate    uint8 x int8 -> int32 sums -> uint8, layer by layer   FP32   logits (N, 2)
+    compare     what changed, and is it more than chance?             a summary
+    keep        the INT8 network, and the report                      results/
 
-Below come the constants, pictures, arithmetic, FP32 network, INT8 network, what brings it closer to
-FP32, checkpoints, passes, analysis and report; the run at the end calls them in the order of the
-table. Its last lines are:
-
-    loaded back, the INT8 checkpoint changes a logit by 0
-    Summary
-    seconds: list, load 0.03, calibration pass 0.29, quantization 0.29, comparing, timing 0.23, INT8 pass  ...
-    FP32 Top1: 95.000 % (95 of 100), 95 % interval 88.8 to 97.8 %, 1.38 ms a picture, 2,069,096 bytes of p ...
-    INT8 Top1: 95.000 % (95 of 100), 95 % interval 88.8 to 97.8 %, 0.47 ms a picture, 521,116 bytes of par ...
-    agreement 100.00 %, logit SQNR 38.8 dB, INT8 2.9 times as fast; 0 of 100 pictures changed their class; ...
-    FP32: 50 cats, 3 of them called dogs; 50 dogs, 2 called cats
-    INT8: 50 cats, 3 of them called dogs; 50 dogs, 2 called cats
-    INT8 corrects 0 and spoils 0 of FP32's answers: no more than chance (exact McNemar test, p = 1); the t ...
-    wrote results/report.json, report.png and INT8_checkpoint.pth.tar
-
-It is the port of a notebook: the weights keep its names, and so do the functions that it has. The
-file opens as a notebook too (VS Code, Jupytext).
+The run at the end has these steps; what they call is defined above it. The file is the port of a
+notebook, whose names it keeps, and is one itself: `# %%` begins a cell in VS Code and Jupytext.
+tools/explain.py shows why answers changed.
 """
+import os
+import sys
 
-# %%
+
+def printable(text):
+    """A text, such as a file's name, without what would move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+class InputError(Exception):
+    """Bad input, in one line that says what, where, and what to do. All that reads may raise it."""
+
+    def __str__(self):
+        return printable(super().__str__())
+
+    def _render_traceback_(self):       # what Jupyter shows under the cell
+        return [f"InputError: {self}"]
+
+
+def end_in_one_line(kind, error, trace):
+    """sys.excepthook of the run: one line for bad input and for Ctrl-C, none for `| head`."""
+    if issubclass(kind, InputError):
+        print(error, file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):     # nobody reads on: the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_in_one_line            # before the imports below, which take a second
+
+import copy
 import ctypes
 import io
 import json
 import math
-import os
 import re
-import signal
-import sys
 import time
 import warnings
 import zipfile
-from collections import Counter
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,170 +80,185 @@ from PIL import Image, ImageOps
 
 # %% [markdown]
 # ## Constants
-# Edit one and run again. Relative paths start at this file's folder.
+# Edit one and run again: the file, or this cell and all below. Relative paths start at this file's
+# folder, `~` is the home folder.
 
 # %%
 # what is run, on what
-DATA_DIR = "cat_dog"                     # folder that holds the splits
-CALIBRATION_SPLIT = "val"                # folder in it whose pictures set the ranges; no labels are used for that
-EVALUATION_SPLIT = "val"                 # folder in it whose pictures are counted in the accuracies
-CHECKPOINT = "BEST_checkpoint.pth.tar"   # FP32 weights, {"model": state_dict}; or an INT8 checkpoint, run alone
-OUTPUT_DIR = "results"                   # report.json, report.png and INT8_checkpoint.pth.tar are written here
-IMAGE_SIZE = (224, 224)                  # width, height; 212 to 227 each: FC1 takes maps of 11 x 11 after pooling
-BATCH_SIZE = 5                           # pictures per step, 1 to 4096: speed and memory; it changes no answer
-NUM_WORKERS = os.cpu_count() or 1        # threads that decode pictures, 1 to 256; one a core is right
-SWEEP_BITS = False                       # run the INT8 pass with BIT 8 down to 2 as well, and compare
-# the recipe; the notebook's is PER_CHANNEL False, UNSIGNED_RELU False, BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1
-# and EQUALIZE, GPTQ, BIAS_CORRECTION False
-BIT = 8                                  # width of the integers for weights and activations, 2 to 8
-PER_CHANNEL = True                       # weight scale: one per output channel, or one per layer (False)
-UNSIGNED_RELU = True                     # integers of pixels and ReLU outputs: 0..255, or 0..127 (False)
-BIAS_BIT = 32                            # width of the integers for biases, 2 to 32
-QUANTIZE_LOGITS = False                  # round the logits to BIT bits too, or scale FC2's sums to FP32 (False)
-HEADROOM = 2                             # ranges before FC1 and FC2 are widened by this factor, 1 to 16
-EQUALIZE = True                          # rescale channels so that weak ones use more of the integers too
-GPTQ = True                              # round convolutions' weights so that errors cancel, or to nearest (False)
-BIAS_CORRECTION = True                   # move biases by the mean error that is left on calibration pictures
-INT8_ENGINE = "auto"                     # "onednn" kernels, "reference" arithmetic; "auto": onednn where they agree
+DATA_DIR = "cat_dog"                    # folder that holds the splits
+CALIBRATION_SPLIT = "val"               # folder in it whose pictures set the ranges, without labels
+EVALUATION_SPLIT = "val"                # folder in it whose pictures are counted in the accuracies
+CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
+OUTPUT_DIR = "results"                  # report.json and INT8_checkpoint.pth.tar are written here
+BATCH_SIZE = 5                          # pictures a step, 1 to 4096: changes speed and memory alone
+NUM_WORKERS = os.cpu_count() or 1       # threads that decode pictures, 1 to 256: one a core is best
+INT8_ENGINE = "auto"                    # "onednn" kernels, "reference" arithmetic, or "auto"
+# the recipe: what decides the integers. The notebook's is PER_CHANNEL False, UNSIGNED_RELU False,
+# BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1 and EQUALIZE, GPTQ, BIAS_CORRECTION False
+IMAGE_SIZE = (224, 224)                 # width, height; 212 to 227 each, as FC1 needs 11 x 11 maps
+BIT = 8                                 # width of the integers for activations, 2 to 8
+WEIGHT_BIT = 8                          # width of the integers for weights, 2 to 8
+PER_CHANNEL = True                      # weight scale: one per output channel, or one per layer
+UNSIGNED_RELU = True                    # integers of pixels and ReLU outputs: 0..255, or 0..127
+BIAS_BIT = 32                           # width of the integers for biases, 2 to 32
+QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or keep them FP32
+HEADROOM = 2                            # widens the ranges before FC1 and FC2, a factor of 1 to 16
+EQUALIZE = True                         # rescale channels so that weak ones use more integers too
+GPTQ = True                             # round weights so that errors cancel, or each to nearest
+BIAS_CORRECTION = True                  # move biases by the mean error left on calibration pictures
 
-ROOT = Path(globals().get("__file__", "notebook")).resolve().parent    # in a notebook: the working folder
+# %%
+ROOT = Path(globals().get("__file__", "notebook")).resolve().parent     # a notebook: where it runs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KEEP_BYTES = 2**28      # decoded pictures kept from the first pass for the next; beyond it they are decoded again
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # for one of the others Pillow runs a program
-Image.MAX_IMAGE_PIXELS = 2**25      # Pillow refuses pictures of more than twice as many, before they fill the memory
 
-torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    # glibc returns every big buffer to the system and faults its pages in again at the next layer; keeping
-    # them (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) halves the time of both passes
-    ctypes.CDLL(None).mallopt(-4, 0)
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-warnings.filterwarnings("ignore", module="PIL")     # a broken picture is reported once, below, in our words
-
-
-class InputError(SystemExit):
-    """Bad input: the program ends with this one line on stderr and exit status 1."""
+DEFAULTS = {
+    "DATA_DIR": "cat_dog", "CALIBRATION_SPLIT": "val", "EVALUATION_SPLIT": "val",
+    "CHECKPOINT": "BEST_checkpoint.pth.tar", "OUTPUT_DIR": "results", "BATCH_SIZE": 5,
+    "NUM_WORKERS": os.cpu_count() or 1, "INT8_ENGINE": "auto"}
+DEFAULT_RECIPE = {
+    "IMAGE_SIZE": (224, 224), "BIT": 8, "WEIGHT_BIT": 8, "PER_CHANNEL": True, "UNSIGNED_RELU": True,
+    "BIAS_BIT": 32, "QUANTIZE_LOGITS": False, "HEADROOM": 2, "EQUALIZE": True, "GPTQ": True,
+    "BIAS_CORRECTION": True}
+LIMITS = {"BATCH_SIZE": (1, 4096), "NUM_WORKERS": (1, 256), "BIT": (2, 8), "WEIGHT_BIT": (2, 8),
+          "BIAS_BIT": (2, 32)}
 
 
-def feature_map(side):
-    """Side of the maps that reach FC1 when a picture's side is given: convolution, then pooling, four times."""
-    for kernel in (5, 5, 3, 3):
-        side = (side - kernel + 1) // 2
-    return side
+def must_be(name, value):
+    """What a constant must be, in words, where it must not be `value`; None where it may."""
+    if name == "INT8_ENGINE":
+        legal, words = value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
+    elif name == "IMAGE_SIZE":
+        legal = isinstance(value, tuple) and [type(side) for side in value] == [int, int]
+        legal = legal and all(212 <= side <= 227 for side in value)
+        words = "(width, height), each a whole number from 212 to 227"
+    elif name == "HEADROOM":
+        legal, words = type(value) in (int, float) and 1 <= value <= 16, "a number from 1 to 16"
+    elif name in LIMITS:
+        low, high = LIMITS[name]
+        legal = type(value) is int and low <= value <= high
+        words = f"a whole number from {low} to {high}"
+    elif name in DEFAULT_RECIPE:
+        legal, words = isinstance(value, bool), "True or False"
+    else:
+        legal = isinstance(value, str) and value.strip() != "" and "\0" not in value
+        words = "the name of a file or folder"
+    return None if legal else words
 
 
-RECIPE = ["BIT", "PER_CHANNEL", "UNSIGNED_RELU", "BIAS_BIT", "QUANTIZE_LOGITS", "HEADROOM", "EQUALIZE", "GPTQ",
-          "BIAS_CORRECTION"]
+def check_constants():
+    """Print and return {constant: value}; raise InputError where this file cannot run with one."""
+    constants = {}
+    for name, default in (DEFAULTS | DEFAULT_RECIPE).items():
+        value = constants[name] = globals().get(name)
+        words = must_be(name, value)
+        if words:
+            found = f"= {value!r}" if name in globals() else "is missing"
+            raise InputError(f"{name} {found} in quantize_catdog.py: set it to {words}")
+        print(f"{name} = {value!r}" + (f"    # default: {default!r}" if value != default else ""))
+    return constants
 
 
 def current_recipe():
     """{constant: value} of those that decide the integers."""
-    return {name: globals()[name] for name in RECIPE}
+    return {name: globals()[name] for name in DEFAULT_RECIPE}
 
 
-def legal_values():
-    """{constant: (test, what to set it to)}."""
-    def whole(low, high):
-        return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
-
-    text = lambda value: isinstance(value, str) and value.strip("\0") == value != "", "the name of a file or folder"
-    switch = lambda value: isinstance(value, bool), "True or False"
-    size = (lambda value: isinstance(value, tuple) and [type(side) for side in value] == [int, int]
-            and all(feature_map(side) == 11 for side in value)), "(width, height), each from 212 to 227"
-    factor = lambda value: type(value) in (int, float) and 1 <= value <= 16, "a number from 1 to 16"
-    engine = lambda value: value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
-    return {"DATA_DIR": text, "CALIBRATION_SPLIT": text, "EVALUATION_SPLIT": text, "CHECKPOINT": text,
-            "OUTPUT_DIR": text, "IMAGE_SIZE": size, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
-            "SWEEP_BITS": switch, "BIT": whole(2, 8), "PER_CHANNEL": switch, "UNSIGNED_RELU": switch,
-            "BIAS_BIT": whole(2, 32), "QUANTIZE_LOGITS": switch, "HEADROOM": factor, "EQUALIZE": switch, "GPTQ": switch,
-            "BIAS_CORRECTION": switch, "INT8_ENGINE": engine}
+def located(*names):
+    """The path that constants name: below ROOT unless one is absolute; ~ is the home folder."""
+    return ROOT.joinpath(*[os.path.expanduser(name) for name in names])
 
 
-def check_constants():
-    """Print and return the constants; raise InputError at a value that this file cannot run with."""
-    legal = legal_values()
-    for name, (is_legal, what) in legal.items():
-        if not is_legal(globals()[name]):
-            raise InputError(f"{name} = {globals()[name]!r} in quantize_catdog.py: set it to {what}")
-        print(f"{name} = {globals()[name]!r}")
-    return {name: globals()[name] for name in legal}
+def prepare_process():
+    """Change the process of a run; one that only imports this file stays as it is."""
+    if hasattr(sys.stdout, "reconfigure"):      # a file's name may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
+    warnings.filterwarnings("ignore", module="PIL")     # a broken picture is reported once, by us
+    Image.MAX_IMAGE_PIXELS = 2**25      # Pillow refuses pictures of more than twice as many
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc returns every big buffer to the system and faults its pages in again at the next
+        # layer; keeping them (M_MMAP_MAX, M_TRIM_THRESHOLD) halves the time of both passes
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 
 # %% [markdown]
 # ## Pictures
-# A file becomes uint8 pixels and a label: 0 for cat, 1 for dog. What cannot be used is left out and named.
+# A file becomes uint8 pixels and a label: 0 for cat, 1 for dog. What cannot be used is left out,
+# and named with the reason.
 
 # %%
 CLASSES = ("cat", "dog")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would start a program
+KEEP_BYTES = 2**28          # decoded pictures kept for the next pass; the others are decoded again
+DECODED_AHEAD = 32          # pictures a thread decodes before the network gets them
 
 
-def label_of(name):
-    """Label from the words of a path: 0 for cat or cats, 1 for dog or dogs; None when it says neither or both."""
-    words = {word.removesuffix("s") for word in re.findall(r"[^\W\d_]+", str(name).casefold())}
-    return {(True, False): 0, (False, True): 1}.get(("cat" in words, "dog" in words))
+def label_of(path):
+    """0 where the words of a path say cat or cats, 1 for dog or dogs, None for neither or both."""
+    words = re.findall(r"[^\W\d_]+", str(path).casefold())
+    said = {word.removesuffix("s") for word in words} & set(CLASSES)
+    return CLASSES.index(said.pop()) if len(said) == 1 else None
 
 
-def decode(path):
-    """Picture file -> uint8 (height, width, 3) of IMAGE_SIZE. Raises what Pillow raises on a broken file.
+def decode(picture, size):
+    """A path, open file or Pillow picture -> uint8 (height, width, 3) of size (width, height).
 
-    Resized with Pillow's default filter (bicubic), as in the notebook. Turned as its EXIF data says; the
-    first frame of an animation; transparent parts on white; 16-bit grey divided by 257 = 65535 / 255.
+    Resized with Pillow's default filter (bicubic), as in the notebook. Turned as its EXIF data
+    says; the first frame of an animation; transparent parts on white.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        return np.array(image.resize(IMAGE_SIZE))
-
-
-def decode_or_reason(path):
-    """What `decode` gives, or a text that says why the file cannot be decoded."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "is no file"         # a pipe, say, at which `open` would wait for ever
+    if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):
+        raise InputError("is no file")      # a pipe, say, at which `open` would wait for ever
     try:
-        return decode(path)
-    except Exception as error:      # decoders raise nearly every type on broken bytes, none of which is our bug
-        return f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}"
+        in_memory = isinstance(picture, Image.Image)
+        image = picture.copy() if in_memory else Image.open(picture, formats=FORMATS)
+        with image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if not image.mode.startswith("I"):          # I: grey of 16 bits
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except Exception as error:      # decoders raise nearly every type on broken bytes
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot be decoded: {type(error).__name__}: {reason}") from None
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)  # 65535 / 255
+        image = Image.fromarray(grey).convert("RGB")
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return np.array(image.resize(size))
 
 
-class Batch(NamedTuple):
-    pixels: torch.Tensor    # uint8 (n, 3, height, width), channels-last in memory
-    labels: torch.Tensor    # int64 (n,)
-    files: list             # n file names
+def to_tensor(pictures):
+    """n times uint8 (height, width, 3) -> uint8 (n, 3, height, width), channels last in memory."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 class CatDogDataset:
-    """The pictures below one folder, in one fixed order, and those left out with the reason.
+    """The pictures below a folder in one fixed order: `files`, `labels`, and `skipped` {path: why}.
 
-    Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ... so that any first few hold both.
-    Raises InputError when the folder is missing or holds no picture that can be used.
+    Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ... so that any first few
+    hold both.
     """
 
     def __init__(self, folder):
-        self.folder, self.skipped, self.kept, self.done = Path(folder), {}, [], 0   # done: files that `kept` covers
+        self.folder, self.files, self.labels, self.skipped = Path(folder), [], [], {}
         if not self.folder.is_dir() or not os.access(self.folder, os.R_OK):
-            raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, ... there, "
-                             "or set DATA_DIR and the splits")
-        self.files, self.labels = [], []
-        in_order = lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name)
-        for name in sorted(self.names(), key=in_order):
-            label = label_of(name)
+            raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, "
+                             "... there, or set DATA_DIR and the splits")
+        for file in sorted(self.names(), key=self.numbers_first):
+            label = label_of(file)
             if label is None:
-                self.skipped[name] = "the path says neither cat nor dog, or both"
+                self.skipped[str(self.folder / file)] = "the path says neither cat nor dog, or both"
             else:
-                self.files.append(name)
+                self.files.append(file)
                 self.labels.append(label)
-        self.require(len(self.files))
+        self.kept = []          # what `decoded` yields for the first files
 
     def names(self):
-        """Yield the paths of all files below the folder, relative to it; links are followed, no folder twice."""
+        """Yield the files below the folder, relative to it; links are followed, no folder twice."""
         def cannot_list(error):
-            self.skipped[os.path.relpath(error.filename, self.folder)] = f"cannot be listed: {error.strerror}"
+            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
 
         seen = set()
         for place, folders, files in os.walk(self.folder, onerror=cannot_list, followlinks=True):
@@ -233,66 +266,75 @@ class CatDogDataset:
                 folders.clear()
                 continue
             seen.add(os.path.realpath(place))
-            yield from (os.path.relpath(os.path.join(place, file), self.folder) for file in files)
+            for file in files:
+                yield os.path.relpath(os.path.join(place, file), self.folder)
 
-    def require(self, usable):
-        if not usable:
-            reasons = "".join(f", e.g. {name}: {reason}" for name, reason in list(self.skipped.items())[:1])
-            raise InputError(f"no usable picture in {self.folder}{reasons}: put pictures named cat.0.jpg, "
-                             "dog.0.jpg, ... there")
+    @staticmethod
+    def numbers_first(file):
+        return [int(number) for number in re.findall("[0-9]+", file)], file
 
     def __len__(self):
         return len(self.files)
 
-    def left_out(self):
-        """{folder/path: reason} so far."""
-        return {f"{self.folder.name}/{name}": reason for name, reason in self.skipped.items()}
+    def __str__(self):
+        cats = self.labels.count(0)
+        return f"{self.folder}: {len(self)} pictures, {cats} cat and {len(self) - cats} dog"
 
-    def decoded(self, first):
-        """Yield what `decode_or_reason` gives for each file from the first on.
+    def decoded(self):
+        """Yield for each file its pixels, uint8 (height, width, 3), or None where it has none.
 
-        All cores decode a few batches, then all cores run the network on them. Both at once would leave neither idle
-        either, and take longer: they would fight for the cores.
-        """
-        pool, count = ThreadPoolExecutor(NUM_WORKERS), max(BATCH_SIZE, 32 * NUM_WORKERS)
-        try:
-            for start in range(first, len(self), count):    # Pillow lets go of the interpreter while it decodes
-                yield from list(pool.map(decode_or_reason, map(self.folder.joinpath, self.files[start:start + count])))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def batches(self):
-        """Yield a Batch at a time; decoded once, as far as KEEP_BYTES reach, however often this is called.
-
-        A batch whose pictures are all broken is not yielded. Raises InputError when no picture can be used.
+        Decoded once, as far as KEEP_BYTES reach, however often this is called. All cores decode
+        some pictures, then all run the network on them: both at once would only fight for cores.
         """
         yield from self.kept
-        usable = sum(len(batch.files) for batch in self.kept)
-        room, keeping, good = KEEP_BYTES - sum(batch.pixels.nbytes for batch in self.kept), True, []
-        for index, pixels in enumerate(self.decoded(self.done), self.done):
-            if isinstance(pixels, str):
-                self.skipped[self.files[index]] = pixels
-            else:
-                good.append((index, pixels))
-            if good and (len(good) == BATCH_SIZE or index == len(self) - 1):
-                indices, good = [index for index, _ in good], [pixels for _, pixels in good]
-                batch = Batch(torch.from_numpy(np.stack(good)).permute(0, 3, 1, 2),
-                              torch.tensor([self.labels[i] for i in indices]), [self.files[i] for i in indices])
-                good, usable, room = [], usable + len(indices), room - batch.pixels.nbytes
-                if keeping := keeping and (room >= 0 or not self.kept):
-                    self.kept.append(batch)
-                    self.done = index + 1
-                yield batch
-        self.require(usable)
+        most = KEEP_BYTES // (3 * IMAGE_SIZE[0] * IMAGE_SIZE[1])
+        step = max(BATCH_SIZE, DECODED_AHEAD * NUM_WORKERS)
+        with ThreadPoolExecutor(NUM_WORKERS) as pool:   # Pillow lets other threads run meanwhile
+            for start in range(len(self.kept), len(self), step):
+                found = list(pool.map(self.pixels_of, self.files[start:start + step]))
+                if start == len(self.kept):
+                    self.kept += found[:max(0, most - start)]
+                yield from found
+
+    def pixels_of(self, file):
+        """A file's pixels; None where it has none, with the reason in `skipped`."""
+        try:
+            return decode(self.folder / file, IMAGE_SIZE)
+        except InputError as error:
+            self.skipped[str(self.folder / file)] = str(error)
+            return None
+
+    def batches(self):
+        """Yield (pixels uint8 (n, 3, height, width), labels int64 (n,), n files) of usable ones."""
+        rows = zip(self.decoded(), self.labels, self.files)
+        usable = (row for row in rows if row[0] is not None)
+        batch = list(islice(usable, BATCH_SIZE))
+        if not batch:
+            reasons = [f", e.g. {file}: {reason}" for file, reason in sorted(self.skipped.items())]
+            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
+                             "pictures named cat.0.jpg, dog.0.jpg, ... there")
+        while batch:
+            pictures, labels, files = zip(*batch)
+            yield to_tensor(pictures), torch.tensor(labels), list(files)
+            batch = list(islice(usable, BATCH_SIZE))
+
+    def first(self, count):
+        """uint8 (n, 3, height, width) of the first usable pictures, at most `count`, on DEVICE."""
+        found = []
+        for pixels, _, _ in self.batches():
+            found.append(pixels)
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count].to(DEVICE)
 
 
 # %% [markdown]
 # ## Arithmetic
-# A real number x is kept as an integer q with x = q / scale; torch's own quantizers call 1 / scale the scale.
-# Everything here is symmetric: the integer 0 means 0.0, and there is no zero point.
+# A real number x is kept as an integer q with x = q / scale. (torch's own quantizers call 1 / scale
+# the scale.) All here is symmetric: the integer 0 stands for 0.0, and there is no zero point.
 
 # %%
-SMALLEST = 1e-12    # a range below it counts as this: a dead layer divides by no zero
+SMALLEST = 1e-12    # a range below it counts as this, so that no dead layer divides by zero
 
 
 class IntRange(NamedTuple):
@@ -302,7 +344,7 @@ class IntRange(NamedTuple):
 
 
 def int_range(bit, unsigned=False):
-    """Integers of 8 bits: -127..127 in int8, or 0..255 in uint8 for what is never negative; fewer bits alike."""
+    """Of 8 bits: -127..127 in int8, or 0..255 in uint8 for what is never negative."""
     if unsigned:
         return IntRange(0, 2**bit - 1, torch.uint8)
     largest = 2**(bit - 1) - 1
@@ -310,104 +352,124 @@ def int_range(bit, unsigned=False):
 
 
 def scale_of(largest_integer, range_data):
-    """Scale that maps range_data, the largest magnitude seen, to the largest integer. FP32, of range_data's shape."""
+    """The scale that maps range_data, the largest magnitude seen, to the largest integer. FP32."""
     return largest_integer / range_data.clamp(min=SMALLEST)
 
 
 def spread(values, dims):
-    """(out,) or (1,) -> the same with `dims` more axes of length 1: one value per output channel."""
+    """(out,) or (1,) -> with `dims` more axes of length 1: one value per output channel."""
     return values.reshape(-1, *[1] * dims)
-
-
-def round_and_clip(x, scale, to):
-    """clip(round(x * scale), low, high): FP32 -> whole numbers in FP32. to: an IntRange."""
-    return (x * scale).round_().clip_(to.low, to.high)
 
 
 def quantize(x, scale, to):
     """q = clip(round(x * scale), low, high): FP32 -> the integer type of `to`, an IntRange."""
-    return round_and_clip(x, scale, to).to(to.dtype)
+    return (x * scale).round_().clip_(to.low, to.high).to(to.dtype)
 
 
-def requantize(sums, bias, multiplier, to):
-    """int32 sums at scale_in * scale_w -> integers at scale_out: q = clip(round(sums * M + bias * M), low, high).
+def requantize(sums, multiplier, offset, to):
+    """int32 sums -> integers at the scale of the next place: q = clip(round(sums * M + offset)).
 
-    The sums are real * scale_in * scale_w; times M = scale_out / (scale_in * scale_w) they are real * scale_out.
-    A low of 0 is the ReLU. Product and sum are rounded to FP32 separately: this is what INT8 kernels do.
+    The sums are real numbers times scale_in * scale_w. Times M = scale_out / (scale_in * scale_w)
+    they are real numbers times scale_out; offset = bias * M. A `to.low` of 0 is the ReLU. Product
+    and sum are rounded to FP32 separately: this is what INT8 kernels do.
     """
-    return (sums * multiplier).add_(bias * multiplier).round_().clip_(to.low, to.high).to(to.dtype)
+    return (sums * multiplier).add_(offset).round_().clip_(to.low, to.high).to(to.dtype)
 
 
 def fusion_conv_bn(conv, bn):
     """Weight and bias of the one convolution that does what convolution and batch norm do.
 
-    bn(y) = (y - mean) * g + beta with g = gamma / sqrt(var + eps), hence W' = W * g, b' = b * g + (beta - mean * g)
-    (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
+    bn(y) = (y - mean) * g + beta with g = gamma / sqrt(var + eps), hence W' = W * g and
+    b' = b * g + (beta - mean * g) (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
     """
     bn_gamma = bn.weight / torch.pow(bn.running_var + bn.eps, 0.5)
     bn_beta = bn.bias - bn.running_mean * bn_gamma
-    return conv.weight * bn_gamma.reshape(-1, 1, 1, 1), conv.bias * bn_gamma + bn_beta
+    return conv.weight * spread(bn_gamma, 3), conv.bias * bn_gamma + bn_beta
 
 
 def weight_quant(w, b, in_scale, recipe):
-    """FP32 weight (out, ...) and bias (out,) -> int8 weight, int32 bias, and the weight's scale, (out,) or (1,).
+    """FP32 weight (out, ...), bias (out,) -> int8 weight, int32 bias, weight scale (out,) or (1,).
 
-    Products of inputs and weights carry the scale in_scale * w_scale; so must the bias that is added to them.
+    The bias is added to products of inputs and weights: its scale is theirs, in_scale * w_scale.
     """
-    to = int_range(recipe["BIT"])
-    rows = (w if recipe["PER_CHANNEL"] else w[None]).flatten(1)                 # one row a scale
-    w_scale = scale_of(to.high, rows.abs().amax(1))
+    to = int_range(recipe["WEIGHT_BIT"])
+    groups = w.flatten(1) if recipe["PER_CHANNEL"] else w.reshape(1, -1)        # one row a scale
+    w_scale = scale_of(to.high, groups.abs().amax(1))
     if recipe["BIAS_BIT"] == 32:
-        # next to weights of nearly 0 a bias would leave int32: then the bias sets the scale, at half of int32,
-        # which leaves the other half to the products
-        b_rows = b.reshape(len(rows), -1)
-        w_scale = torch.minimum(w_scale, scale_of(2**30, b_rows.abs().amax(1) * in_scale))
+        # next to weights of nearly 0 a bias would leave int32 (fewer bits are clipped, as in the
+        # notebook): then the bias sets the scale, at half of int32; products have the other half
+        b_groups = b.reshape(len(groups), -1)
+        w_scale = torch.minimum(w_scale, scale_of(2**30, b_groups.abs().amax(1) * in_scale))
     wq = quantize(w, spread(w_scale, w.dim() - 1), to)
-    b_largest = 2**(recipe["BIAS_BIT"] - 1) - 1
-    bq = torch.round(b * (w_scale * in_scale)).double().clip(-b_largest, b_largest)     # FP32 cannot hold b_largest
-    return wq, bq.to(torch.int32), w_scale
+    bq = clip_bias(torch.round(b * (w_scale * in_scale)).double(), recipe)
+    return wq, bq, w_scale
+
+
+def clip_bias(bias, recipe):
+    """Whole numbers in FP64, since FP32 cannot hold the limits -> int32 of BIAS_BIT bits."""
+    largest = 2**(recipe["BIAS_BIT"] - 1) - 1
+    return bias.clip(-largest, largest).to(torch.int32)
 
 
 # %% [markdown]
 # ## The FP32 network and its observers
-# Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer sits at each
-# *place*: the input, each ReLU's output, each fully connected layer's output. It remembers the largest magnitude
-# that it has seen in each channel of a map, or in all values of a fully connected layer, as `range_<place>`, and the
-# one of each picture as `maxima[place]`. The largest of all is the range that `cl_scale` turns into the place's scale.
+# Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer
+# looks at each *place*: the input, each ReLU's output, each fully connected layer's output. It
+# keeps the largest magnitude that it has seen in each channel, as `range_<place>`. The largest of a
+# place's channels is the range that becomes the place's scale. To look at the places, `forward`
+# calls `at(place, values)` at each; what that returns goes on.
 
 # %%
 class Layer(NamedTuple):
     name: str           # of the convolution or fully connected layer
-    bn: str | None      # batch norm, ReLU and pooling behind it
-    relu: str | None
-    pool: str | None
-    source: str         # place that it reads from
+    bn: str | None      # batch norm behind a convolution; ReLU and pooling follow
+    source: str         # place that it reads from, after pooling
     place: str          # place that it writes to, before pooling
+
+    @property
+    def is_conv(self):
+        return self.bn is not None
 
 
 LAYERS = [
-    Layer("cnn1", "bn1", "relu1", "maxpool1", "input", "cv1"),
-    Layer("cnn2", "bn2", "relu2", "maxpool2", "cv1", "cv2"),
-    Layer("cnn3", "bn3", "relu3", "maxpool3", "cv2", "cv3"),
-    Layer("cnn4", "bn4", "relu4", "maxpool4", "cv3", "cv4"),
-    Layer("fc1", None, None, None, "cv4", "fc1"),       # no ReLU: the notebook's forward has none here
-    Layer("fc2", None, None, None, "fc1", "fc2"),
+    Layer("cnn1", "bn1", "input", "cv1"),
+    Layer("cnn2", "bn2", "cv1", "cv2"),
+    Layer("cnn3", "bn3", "cv2", "cv3"),
+    Layer("cnn4", "bn4", "cv3", "cv4"),
+    Layer("fc1", None, "cv4", "fc1"),       # no ReLU: the notebook's forward has none here
+    Layer("fc2", None, "fc1", "fc2"),
 ]
-PLACES = ["input"] + [layer.place for layer in LAYERS]
-BEFORE_FC = [layer.source for layer in LAYERS if not layer.bn]
+PLACES = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
+BEFORE_FC = ["cv4", "fc1"]      # what fully connected layers read: there clipping hurts most
 
 
-def place_integers(recipe):
-    """{place: IntRange}. Pixels and ReLU outputs are never negative, so the sign's bit can be theirs too."""
-    return {place: int_range(recipe["BIT"], recipe["UNSIGNED_RELU"] and place not in ("fc1", "fc2"))
-            for place in PLACES}
+class Conv2d(nn.Conv2d):
+    """torch's, but a picture's values are the same to the last bit whatever is beside it.
+
+    For one picture torch may take a kernel that sums in another order. So it is run as two: its
+    upper and its lower half, with the rows that both need.
+    """
+
+    def forward(self, x):
+        if len(x) > 1:
+            return super().forward(x)
+        rows = x.shape[2] - self.kernel_size[0] + 1         # of the output
+        upper = (rows + 1) // 2
+        needed = upper + self.kernel_size[0] - 1
+        y = super().forward(torch.cat([x[:, :, :needed], x[:, :, -needed:]]))
+        return torch.cat([y[:1], y[1:, :, 2 * upper - rows:]], 2)   # odd: the middle row is in both
+
+
+class Linear(nn.Linear):
+    """torch's, with a product for each picture by itself, for the same reason."""
+
+    def forward(self, x):
+        weight = self.weight.t().expand(len(x), -1, -1)
+        return torch.bmm(x[:, None], weight)[:, 0] + self.bias
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """2 x 2 maximum (n, c, h, w), of floats and of integers; a last odd row or column is dropped.
-
-    torch's own also finds out where each maximum was, which takes three times as long, and refuses uint8.
-    """
+    """2 x 2 maximum; a last odd row or column is dropped. torch's refuses uint8, and is slower."""
 
     def forward(self, x):
         height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
@@ -415,344 +477,370 @@ class MaxPool2d(nn.MaxPool2d):
         return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 
+def unwatched(place, values):
+    """The `at` of a forward that nobody looks at."""
+    return values
+
+
+def values_at(model, pixels):
+    """{place: values} of one forward pass through an FP32 or an INT8 network."""
+    values = {}
+    model(pixels, values.setdefault)        # keeps what is at a place, and returns it
+    return values
+
+
 class CNN_Model(nn.Module):
-    """The notebook's network in FP32: uint8 or float pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat and dog."""
+    """The notebook's network in FP32: pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat, dog."""
 
     def __init__(self):
         super().__init__()
-        self.cnn1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
+        self.cnn1 = Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu1 = nn.ReLU(inplace=True)
         self.maxpool1 = MaxPool2d(kernel_size=2)
-        self.cnn2 = nn.Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
+        self.cnn2 = Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
         self.bn2 = nn.BatchNorm2d(32)
         self.relu2 = nn.ReLU(inplace=True)
         self.maxpool2 = MaxPool2d(kernel_size=2)
-        self.cnn3 = nn.Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
+        self.cnn3 = Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
         self.bn3 = nn.BatchNorm2d(16)
         self.relu3 = nn.ReLU(inplace=True)
         self.maxpool3 = MaxPool2d(kernel_size=2)
-        self.cnn4 = nn.Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
+        self.cnn4 = Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
         self.bn4 = nn.BatchNorm2d(8)
         self.relu4 = nn.ReLU(inplace=True)
         self.maxpool4 = MaxPool2d(kernel_size=2)
-        self.fc1 = nn.Linear(8 * 11 * 11, 512)
-        self.fc2 = nn.Linear(512, 2)
-        self.observing, self.seen, self.maxima = False, 0, {}           # see `observe`
-        channels = {"input": 3} | {layer.place: getattr(self, layer.name).out_channels if layer.bn else 1
-                                   for layer in LAYERS}
-        for place in PLACES:
-            self.register_buffer(f"range_{place}", torch.zeros(channels[place]))    # largest |value| seen
+        self.fc1 = Linear(8 * 11 * 11, 512)
+        self.fc2 = Linear(512, 2)
+        for place, channels in zip(PLACES, (3, 16, 32, 16, 8, 512, 2)):
+            self.register_buffer(f"range_{place}", torch.zeros(channels))
 
-    def linear(self, layer, x):
-        """One layer up to where its ReLU would come: convolution and batch norm, or fully connected.
+    def forward(self, x, at=unwatched):
+        """at(place, values) sees the values of each place, and returns what goes on from there."""
+        x = at("input", x.float())                                          # (N, 3, 224, 224)
+        x = self.maxpool1(at("cv1", self.relu1(self.bn1(self.cnn1(x)))))    # (N, 16, 110, 110)
+        x = self.maxpool2(at("cv2", self.relu2(self.bn2(self.cnn2(x)))))    # (N, 32, 53, 53)
+        x = self.maxpool3(at("cv3", self.relu3(self.bn3(self.cnn3(x)))))    # (N, 16, 25, 25)
+        x = self.maxpool4(at("cv4", self.relu4(self.bn4(self.cnn4(x)))))    # (N, 8, 11, 11)
+        x = at("fc1", self.fc1(x.flatten(1)))                               # (N, 512), no ReLU
+        return at("fc2", self.fc2(x))                                       # (N, 2)
 
-        A picture's values are the same, to the last bit, whichever pictures are beside it. Kernels for one picture, and
-        products of matrices, may sum in another order: so one becomes two, and each has its own product.
-        """
-        part = getattr(self, layer.name)
-        if layer.bn:
-            return getattr(self, layer.bn)(part(x) if len(x) > 1 else part(torch.cat([x, x]))[:1])
-        return torch.bmm(x.flatten(1)[:, None], part.weight.t().expand(len(x), -1, -1))[:, 0] + part.bias   # (N, 512)
+    def part(self, layer):
+        """The convolution or fully connected layer that a Layer names."""
+        return self.get_submodule(layer.name)
 
-    def activations(self, x):
-        """Yield (place, FP32 values) from the input to the logits."""
-        x = x.float()                                           # (N, 3, 224, 224)
-        yield "input", x
-        for layer in LAYERS:
-            x = self.linear(layer, x)                           # cnn1: (N, 16, 220, 220)
-            if layer.relu:
-                x = getattr(self, layer.relu)(x)
-            yield layer.place, x
-            if layer.pool:
-                x = getattr(self, layer.pool)(x)                # cnn1: (N, 16, 110, 110)
-
-    def observe(self, count):
-        """Let the observers forget what they saw, and watch the forward passes of `count` pictures to come.
-
-        The space for it is taken at once: small pieces, one a batch, would come to lie between the big buffers, so
-        that these grow without end.
-        """
-        self.observing, self.seen = True, 0
-        for place in PLACES:
-            range_data = getattr(self, f"range_{place}").zero_()
-            self.maxima[place] = range_data.new_zeros(count, len(range_data))           # of each picture
-
-    def forward(self, x):
-        """The last of `activations`, with each ReLU after the pooling: same maximum, a quarter of the work."""
-        x = x.float()
-        if self.observing:
-            self.update_range("input", x)
-        for layer in LAYERS:
-            x = self.linear(layer, x)
-            if self.observing:
-                self.update_range(layer.place, x)
-            if layer.pool:
-                x = getattr(self, layer.relu)(getattr(self, layer.pool)(x))
-        self.seen += len(x)
-        return x
+    def range_at(self, place):
+        """Largest magnitude seen in each channel of a place, (C,)."""
+        return self.get_buffer(f"range_{place}")
 
     def update_range(self, place, data):
-        """The observer: range = max(range, largest magnitude). data: (N, C, height, width), each channel by itself,
-        or (N, values), all as one channel.
+        """The observer, as `at`: range = max(range, |data|). data: (N, C, h, w) or (N, C)."""
+        largest = data.abs()
+        if data.dim() == 4:         # rows first, channels last as they lie in memory: fastest
+            largest = largest.permute(0, 2, 3, 1).amax(1).amax(1)
+        range_data = self.range_at(place)
+        torch.maximum(range_data, largest.amax(0), out=range_data)
+        return data
 
-        Maps need no |data|: they are pixels, or a ReLU is to come that leaves what is positive. Ranges start at 0.
-        """
-        if data.dim() == 4:     # rows first, channels last as in memory: any other way takes 50 times as long
-            largest = data.permute(0, 2, 3, 1).amax(1).amax(1).clamp(min=0)
-        else:
-            largest = data.abs().amax(1, keepdim=True)
-        self.maxima[place][self.seen:self.seen + len(largest)] = largest                # (N, C)
-        range_data = getattr(self, f"range_{place}")
-        range_data.copy_(torch.maximum(range_data, largest.amax(0)))
-
+    @torch.no_grad()
     def fused(self):
         """A copy whose convolutions have taken in their batch norms; same logits up to rounding."""
-        model = CNN_Model().to(self.fc1.weight.device)
-        model.load_state_dict(self.state_dict())
+        model = copy.deepcopy(self)
         for layer in LAYERS:
-            if layer.bn:
-                conv = getattr(model, layer.name)
-                conv.weight.data, conv.bias.data = fusion_conv_bn(conv, getattr(model, layer.bn))
+            if layer.is_conv:
+                conv = model.part(layer)
+                weight, bias = fusion_conv_bn(conv, model.get_submodule(layer.bn))
+                conv.weight.copy_(weight)
+                conv.bias.copy_(bias)
                 setattr(model, layer.bn, nn.Identity())
         return model.eval().to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def cl_scale(self, recipe=None):
-        """Compute the scales from the ranges, quantize the weights, and return the INT8_Model.
+    def cl_scale(self, recipe):
+        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model.
 
-        recipe: the constants', unless another is given. This model keeps its FP32 weights. Raises ValueError unless
-        it comes from `fused`.
+        This model, which must come from `fused`, stays as it is. Raises InputError where a range
+        overflows FP32.
         """
         if isinstance(self.bn1, nn.BatchNorm2d):
-            raise ValueError("fold the batch norms first: model.fused().cl_scale()")
-        model, state = INT8_Model(recipe or current_recipe()), {}
-        for place, to in model.integers.items():
-            range_data = getattr(self, f"range_{place}").amax()
-            headroom = model.recipe["HEADROOM"] if place in BEFORE_FC else 1
-            state[f"scale_{place}"] = scale_of(to.high, range_data * headroom)
+            raise ValueError("fold the batch norms first: model.fused().cl_scale(recipe)")
+        int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
+        for place, integers in int8_model.integers.items():
+            range_data = self.range_at(place).amax()
+            if place in BEFORE_FC:
+                range_data = range_data * recipe["HEADROOM"]
+            if not range_data.isfinite():
+                raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller "
+                                 "weights")
+            int8_model.scale_at(place).copy_(scale_of(integers.high, range_data))
         for layer in LAYERS:
-            part = getattr(self, layer.name)
-            tensors = weight_quant(part.weight, part.bias, state[f"scale_{layer.source}"], model.recipe)
-            state |= {f"{layer.name}.{key}": tensor for key, tensor in zip(("weight", "bias", "w_scale"), tensors)}
-        model.load_state_dict(state)
-        return model.to(self.fc1.weight.device)
+            part, part8 = self.part(layer), int8_model.part(layer)
+            in_scale = int8_model.scale_at(layer.source)
+            quantized = weight_quant(part.weight, part.bias, in_scale, recipe)
+            for tensor, values in zip((part8.weight, part8.bias, part8.w_scale), quantized):
+                tensor.copy_(values)
+        return int8_model
 
 
 # %% [markdown]
 # ## The INT8 network
-# The same layers on integers. A layer multiplies and adds integers only; between two layers the sums are brought
-# to the next place's scale by one multiplication per output channel.
+# The same layers on integers. A layer multiplies and adds integers only; between two layers the
+# sums are brought to the next place's scale, by one FP32 multiplication and addition per output
+# channel. A layer can be run in two ways that give the same integers: by the definition, or by this
+# CPU's INT8 kernels.
 
 # %%
-def pack(weight, multiplier, bias):
-    """int8 weight, FP32 multiplier and bias*M, each (out,) -> what torch's INT8 kernels take, for `kernel`."""
-    if weight.dim() == 4:
-        packed = torch.ops.onednn.qconv_prepack(weight, multiplier, 1.0, 0, [1, 1], [0, 0], [1, 1], 1)
-    else:
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    return packed, multiplier, torch.zeros_like(multiplier, dtype=torch.int32), bias
+def place_integers(recipe):
+    """{place: IntRange}. Pixels and ReLU outputs are never negative: the sign's bit is free."""
+    signed = int_range(recipe["BIT"])
+    positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
+    return {place: signed if place in ("fc1", "fc2") else positive for place in PLACES}
 
 
-def kernel(x, packed, dtype, relu):
-    """One layer in one kernel: int32 sums * M + bias, ReLU, rounded and saturated to `dtype`.
+class ReferenceLayer:
+    """One layer by the definition: float arithmetic on integers, exact, on any device.
 
-    Input and output scale are given as 1 and the weight's as M, so that the kernel's own rescaling is that of
-    `requantize`, bit for bit.
+    The one place where floats hold integers: FP32 holds every integer up to 2^24, FP64 up to 2^53.
+    A GPU may compute a convolution by way of a transform that rounds (Winograd, FFT); there FP64
+    and a last rounding give the integer.
     """
-    weight, multiplier, zero, bias = packed
-    if x.dim() == 4:                                        # convolutions take uint8 alone; nothing here is negative
-        return torch.ops.onednn.qconv2d_pointwise(
-            x.view(torch.uint8), 1.0, 0, weight, multiplier, zero, bias, [1, 1], [0, 0], [1, 1], 1, 1.0, 0, dtype,
-            "relu" if relu else "none", [], "")
-    return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, weight, multiplier, zero, bias, 1.0, 0, dtype, "relu" if relu else "none", [], "")
+
+    def __init__(self, model, layer):
+        part, multiplier = model.part(layer), model.multiplier(layer)
+        largest = model.largest_sum(layer).max()
+        self.exact = part.weight.device.type == "cpu" and largest < 2**24
+        self.weight = part.weight.to(torch.float32 if self.exact else torch.float64)
+        self.multiplier = spread(multiplier, part.weight.dim() - 2)
+        self.offset = spread(part.bias * multiplier, part.weight.dim() - 2)
+        self.to = None if model.is_fp32(layer.place) else model.integers[layer.place]
+
+    def sums(self, x):
+        """Integers (N, C, height, width) or (N, C) -> their sums of products, whole, in FP32."""
+        operation = F.conv2d if self.weight.dim() == 4 else F.linear
+        sums = operation(x.to(self.weight.dtype), self.weight)
+        return sums if self.exact else sums.round().float()
+
+    def rescale(self, sums):
+        """Sums -> integers of the layer's place, or FP32 logits."""
+        if self.to is None:
+            return sums * self.multiplier + self.offset
+        return requantize(sums, self.multiplier, self.offset, self.to)
+
+    def __call__(self, x):
+        return self.rescale(self.sums(x))
 
 
-def kernels_saturate():
-    """Whether this CPU adds pairs of products in 16 bits, as x86 without VNNI does: 2 * 255 * 127 overflows them."""
-    pixels, one, none = torch.full((1, 16, 9, 9), 255, dtype=torch.uint8), torch.ones(16), torch.zeros(16)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
-    sums = kernel(pixels, pack(weight, one, none), torch.float32, relu=False)
-    sums_fc = kernel(pixels.flatten(1)[:, :144], pack(weight.flatten(1), one, none), torch.float32, relu=False)
-    return bool((sums != 144 * 255 * 127).any() or (sums_fc != 144 * 255 * 127).any())
+def pack(weight, multiplier):
+    """int8 weight (out, ...) and FP32 multiplier (out,) -> the form that torch's kernels take."""
+    if weight.dim() == 4:
+        return torch.ops.onednn.qconv_prepack(weight, multiplier, 1.0, 0, [1, 1], [0, 0], [1, 1], 1)
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def kernel(x, packed, multiplier, zero, offset, dtype, relu):
+    """One layer in one kernel: int32 sums * M + offset, ReLU, rounded and saturated to `dtype`.
+
+    Input and output scale are given as 1, zero points as 0 and the weight's scale as M, so that the
+    kernel's own rescaling is that of `requantize`, bit for bit. zero: int32 zeros (out,).
+    """
+    if x.dim() == 4:
+        return torch.ops.onednn.qconv2d_pointwise.default(
+            x, 1.0, 0, packed, multiplier, zero, offset, [1, 1], [0, 0], [1, 1], 1, 1.0, 0, dtype,
+            relu, [], "")
+    return torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, 0, packed, multiplier, zero, offset, 1.0, 0, dtype, relu, [], "")
+
+
+class KernelLayer:
+    """The same in one INT8 kernel of torch's. Its output saturates at 8 bits; fewer are clipped."""
+
+    def __init__(self, model, layer):
+        part, self.multiplier = model.part(layer), model.multiplier(layer)
+        self.packed = pack(part.weight, self.multiplier)
+        self.zero = torch.zeros_like(part.bias)
+        self.offset = part.bias * self.multiplier
+        self.to = model.integers[layer.place]
+        self.relu = "relu" if layer.is_conv else "none"
+        self.dtype = torch.uint8 if layer.is_conv else torch.int8
+
+    def __call__(self, x):
+        if self.relu == "relu":     # convolutions take uint8 alone; no int8 here is negative
+            x = x.view(torch.uint8)
+        x = kernel(x, self.packed, self.multiplier, self.zero, self.offset, self.dtype, self.relu)
+        if self.to.high == 255:             # the kernel's own limit
+            return x
+        return x.clip_(self.to.low, self.to.high).view(self.to.dtype)       # its int8 reaches -128
 
 
 class INT8_Model(nn.Module):
-    """The quantized network: uint8 pixels (N, 3, 224, 224) -> FP32 logits (N, 2).
+    """The quantized network: uint8 pixels (N, 3, height, width) -> FP32 logits (N, 2).
 
-    recipe: the constants named in RECIPE that it is made with. Buffers: scale_<place> (FP32, one value);
-    <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per output channel); all
-    blank until `CNN_Model.cl_scale` or a checkpoint fills them in. Two executors give the same integers:
-    `reference`, the definition, and `onednn`, after `use_kernels`.
+    recipe: what `current_recipe` returns. Buffers: scale_<place> (FP32, one value); <layer>.weight
+    (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per output channel); blank
+    until `CNN_Model.cl_scale` or a checkpoint fills them in. engine: "reference" or "onednn".
     """
 
+    @torch.inference_mode(False)    # `layers` needs the versions that inference tensors lack
     def __init__(self, recipe):
         super().__init__()
-        self.recipe, self.integers = recipe, place_integers(recipe)
-        self.engine, self.packed, self.maxpool = "reference", {}, MaxPool2d(kernel_size=2)
+        self.recipe, self.integers, self.engine = recipe, place_integers(recipe), "reference"
+        self.maxpool = MaxPool2d(kernel_size=2)
         for place in PLACES:
             self.register_buffer(f"scale_{place}", torch.tensor(1.0))
         fp32 = CNN_Model()
         for layer in LAYERS:
-            weight, part = getattr(fp32, layer.name).weight, nn.Module()
-            part.register_buffer("weight", torch.zeros(weight.shape, dtype=torch.int8))
-            part.register_buffer("bias", torch.zeros(len(weight), dtype=torch.int32))
-            part.register_buffer("w_scale", torch.ones(len(weight) if recipe["PER_CHANNEL"] else 1))
+            shape, part = fp32.part(layer).weight.shape, nn.Module()
+            part.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+            part.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int32))
+            part.register_buffer("w_scale", torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1))
             self.add_module(layer.name, part)
+        self.prepared, self.made_from = {}, None        # see `layers`
 
-    @staticmethod
-    def load(path):
-        """The INT8_Model of an INT8 checkpoint, ready to `predict`. Raises InputError as `load_checkpoint` does."""
-        model = load_checkpoint(path)[1]
-        if not isinstance(model, INT8_Model):
-            raise InputError(f"checkpoint {path} holds FP32 weights: give the INT8_checkpoint.pth.tar of a run")
-        noise = torch.arange(2 * 3 * 224 * 224).mul(2654435761).bitwise_right_shift(16).to(torch.uint8)
-        choose_engine(model, noise.reshape(2, 3, 224, 224).to(DEVICE))
-        return model
+    def forward(self, x, at=unwatched):
+        """The FP32 network's forward on integers of the types that `place_integers` says."""
+        run = self.layers()
+        x = at("input", self.quantize_pixels(x))                    # (N, 3, 224, 224)
+        x = self.maxpool(at("cv1", run["cnn1"](x)))                 # (N, 16, 110, 110)
+        x = self.maxpool(at("cv2", run["cnn2"](x)))                 # (N, 32, 53, 53)
+        x = self.maxpool(at("cv3", run["cnn3"](x)))                 # (N, 16, 25, 25)
+        x = self.maxpool(at("cv4", run["cnn4"](x)))                 # (N, 8, 11, 11)
+        x = at("fc1", run["fc1"](x.flatten(1)))                     # (N, 512)
+        x = at("fc2", run["fc2"](x))                                # (N, 2), FP32 but for a recipe
+        return x if self.is_fp32("fc2") else x / self.scale_fc2
 
-    @torch.inference_mode()
-    def predict(self, picture):
-        """A picture's file -> ("cat" or "dog", [cat's logit, dog's logit]).
+    def quantize_pixels(self, x):
+        """Pixels -> the integers of the input; at scale 1 they are these integers already."""
+        to = self.integers["input"]
+        if x.dtype == to.dtype and to.high == 255 and self.scale_input == 1:
+            return x
+        return quantize(x, self.scale_input, to)
 
-        Raises InputError, which ends a program that does not catch it, when the file cannot be decoded.
-        """
-        pixels = decode_or_reason(picture)
-        if isinstance(pixels, str):
-            raise InputError(f"{picture} {pixels}")
-        logits = self(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(DEVICE))[0].cpu()
-        return CLASSES[logits.argmax()], logits.tolist()
+    def layers(self):
+        """{layer: what runs it}; made anew whenever a tensor, or the engine, has changed."""
+        tensors = list(self.buffers())
+        made_from = [self.engine, *[(id(x), x._version) for x in tensors]]
+        if made_from != self.made_from:
+            # fc2 has two columns: to set up a kernel for them takes longer than their definition
+            kernels = LAYERS[:-1] if self.engine == "onednn" else []
+            self.prepared = {layer.name: (KernelLayer if layer in kernels else ReferenceLayer)(
+                self, layer) for layer in LAYERS}
+            self.made_from, self.tensors = made_from, tensors   # held: no new one takes an old id
+        return self.prepared
+
+    def __getstate__(self):         # what is prepared cannot be copied
+        return {**vars(self), "prepared": {}, "made_from": None, "tensors": []}
+
+    def part(self, layer):
+        """The module that holds a Layer's weight, bias and w_scale."""
+        return self.get_submodule(layer.name)
+
+    def scale_at(self, place):
+        """The scale of a place's integers, FP32, one value."""
+        return self.get_buffer(f"scale_{place}")
 
     def is_fp32(self, place):
         """Whether values at this place stay FP32: the logits, unless they are quantized too."""
         return place == "fc2" and not self.recipe["QUANTIZE_LOGITS"]
 
-    def largest_sum(self, layer):
-        """Bound on the |sum| of products in a layer: every input at its largest, every sign at its worst. (out,)"""
-        weight = getattr(self, layer.name).weight.long()
-        return weight.abs().flatten(1).sum(1) * self.integers[layer.source].high
-
-    def largest_accumulator(self, layer):
-        """The same with the bias included. (out,)"""
-        return self.largest_sum(layer) + getattr(self, layer.name).bias.long().abs()
-
-    def accumulator_bits(self, layer):
-        """Bits of the largest possible |accumulator|; int32 has 31."""
-        return int(self.largest_accumulator(layer).max()).bit_length()
-
     def sum_scale(self, layer):
-        """scale_in * scale_w, (out,) or (1,): the scale of a layer's sums of products, and of its bias."""
-        return getattr(self, f"scale_{layer.source}") * getattr(self, layer.name).w_scale
+        """scale_in * scale_w, (out,) or (1,): the scale of a layer's sums and of its bias."""
+        return self.scale_at(layer.source) * self.part(layer).w_scale
 
     def multiplier(self, layer):
-        """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where the logits stay FP32."""
-        scale_out = 1 if self.is_fp32(layer.place) else getattr(self, f"scale_{layer.place}")
-        return (scale_out / self.sum_scale(layer)).expand(getattr(self, layer.name).bias.shape).contiguous()
+        """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where logits stay FP32."""
+        scale_out = 1 if self.is_fp32(layer.place) else self.scale_at(layer.place)
+        multiplier = scale_out / self.sum_scale(layer)
+        return multiplier.expand(self.part(layer).bias.shape).contiguous()
 
-    def sums(self, layer, x):
-        """Integer inputs -> sums of products. The one place where floats hold integers.
+    def largest_sum(self, layer):
+        """Bound on |sum + bias|, (out,): each input at its largest, each sign at its worst."""
+        weight, bias = self.part(layer).weight.long(), self.part(layer).bias.long()
+        return weight.abs().flatten(1).sum(1) * self.integers[layer.source].high + bias.abs()
 
-        Exact: FP32 holds every integer up to 2^24, FP64 up to 2^53. A GPU may compute a convolution by way of a
-        transform that rounds (Winograd, FFT); there FP64 and a last rounding give the integer.
+    @staticmethod
+    def load(path):
+        """The INT8_Model of a run's INT8 checkpoint, ready to `predict`."""
+        int8_model = load_int8_checkpoint(path)
+        width, height = int8_model.recipe["IMAGE_SIZE"]
+        noise = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
+        choose_engine(int8_model, torch.from_numpy(noise).to(DEVICE))
+        return int8_model
+
+    @torch.inference_mode()
+    def predict(self, picture):
+        """A picture -> ("cat" or "dog", [cat's logit, dog's logit]); a list of them -> a list.
+
+        picture: a file's path, a Pillow picture, or a uint8 array (height, width, 3).
         """
-        weight = getattr(self, layer.name).weight
-        exact = x.device.type == "cpu" and self.largest_sum(layer).max() < 2**24
-        dtype = torch.float32 if exact else torch.float64
-        sums = (F.conv2d if weight.dim() == 4 else F.linear)(x.to(dtype), weight.to(dtype))
-        return sums if exact else sums.round().float()
-
-    def rescale(self, layer, sums):
-        """Sums of products -> integers of the layer's place, before pooling, or FP32 logits."""
-        bias, multiplier = (spread(x, sums.dim() - 2) for x in (getattr(self, layer.name).bias, self.multiplier(layer)))
-        if self.is_fp32(layer.place):
-            return sums * multiplier + bias * multiplier                    # FP32 (N, 2)
-        to = self.integers[layer.place]
-        return requantize(sums, bias, multiplier, to._replace(low=0) if layer.relu else to)
-
-    def reference(self, layer, x):
-        """Integers of one place -> integers of the next before pooling, or logits, in the arithmetic's definition."""
-        return self.rescale(layer, self.sums(layer, x))                     # cnn1: (N, 16, 220, 220)
-
-    def onednn(self, layer, x):
-        """The same in one INT8 kernel. Its output saturates at 8 bits; narrower integers are clipped after it."""
-        if layer.name == "fc2":         # two columns: setting up the kernel would take longer than these int32 sums
-            return self.rescale(layer, torch._int_mm(x, self.fc2.weight.t()))
-        to = self.integers[layer.place]
-        if layer.relu:
-            x = kernel(x, self.packed[layer.name], torch.uint8, relu=True)
-            return x if to.high == 255 else x.clip_(max=to.high).view(to.dtype)
-        return kernel(x, self.packed[layer.name], torch.int8, relu=False).clip_(to.low, to.high)
-
-    def use_kernels(self):
-        """Switch to `onednn`. Raises RuntimeError or AttributeError where torch has no such kernels."""
-        for layer in LAYERS[:-1]:
-            part, multiplier = getattr(self, layer.name), self.multiplier(layer)
-            self.packed[layer.name] = pack(part.weight, multiplier, part.bias * multiplier)
-        self.engine = "onednn"
-
-    def activations(self, x):
-        """Yield (place, values): uint8 or int8 tensors, and last the FP32 logits or their int8 integers."""
-        if not (x.dtype == torch.uint8 and self.integers["input"].high == 255 and self.scale_input == 1):
-            x = quantize(x, self.scale_input, self.integers["input"])
-        yield "input", x                                        # uint8 (N, 3, 224, 224)
-        execute = self.onednn if self.engine == "onednn" else self.reference
-        for layer in LAYERS:
-            x = execute(layer, x if layer.pool else x.flatten(1))
-            yield layer.place, x                                # uint8; cnn1: (N, 16, 220, 220); fc1: int8 (N, 512)
-            if layer.pool:
-                x = self.maxpool(x.view(torch.uint8))           # cnn1: (N, 16, 110, 110); none of it is negative
-
-    def forward(self, x):
-        for _, x in self.activations(x):
-            pass
-        return x if self.is_fp32("fc2") else x / self.scale_fc2
+        pixels = []
+        for each in picture if isinstance(picture, list) else [picture]:
+            try:
+                if isinstance(each, np.ndarray):
+                    if each.dtype != np.uint8 or each.shape[2:] != (3,) or each.size == 0:
+                        raise InputError("is not uint8 (height, width, 3)")
+                    each = Image.fromarray(each)
+                pixels.append(decode(each, self.recipe["IMAGE_SIZE"]))
+            except InputError as error:
+                name = each if isinstance(each, (str, Path)) else f"picture {len(pixels)}"
+                raise InputError(f"{name} {error}") from None
+        logits = self(to_tensor(pixels).to(DEVICE)).cpu() if pixels else []
+        answers = [(CLASSES[row.argmax()], row.tolist()) for row in logits]
+        return answers if isinstance(picture, list) else answers[0]
 
 
 # %% [markdown]
 # ## Closer to FP32
-# Rounding each weight to its nearest integer is not the best that integers can do. Besides HEADROOM, which `cl_scale`
-# applies since other pictures exceed the largest value of those that calibrate, three methods find better weights,
-# biases and scales for the same INT8 arithmetic. None needs a label.
+# Rounding each weight to its nearest integer is not the best that integers can do. Besides
+# HEADROOM, which `cl_scale` applies because other pictures exceed the largest value of those that
+# calibrate, three methods find better weights, biases and scales for the same INT8 arithmetic.
+# None needs a label.
 
 # %%
-@torch.no_grad()
-def equalize(model):
-    """Rescale channels of a folded model in place, weak ones up; its logits stay. Returns {place: factors (C,)}.
+LARGEST_FACTOR = 4      # cap of `equalize`: a channel that was silent in calibration may wake
+DAMPING = 0.01          # of `gptq`, the share of the mean diagonal that Frantar et al. take
+GPTQ_STRIDE = 6         # every sixth row and column of a map is enough: neighbours are much alike
+SAMPLE = 20             # calibration pictures that `refine` sees, evaluation pictures of the proofs
+CHUNK = 5               # of them at a time, so that their FP32 maps stay in the cache
 
-    All channels of a place share one scale, set by the strongest, so weak ones use few of the integers. ReLU and
-    pooling let a positive factor s through: times s in the layer that writes a channel, divided by s in the one
-    that reads it. s = sqrt(largest range / the channel's range) goes half of the way, which leaves weak channels
-    room for values that calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
+
+@torch.no_grad()
+def equalize(folded):
+    """A copy of a folded network with weak channels scaled up, and {place: factors (C,)}.
+
+    Its logits are the same. All channels of a place share one scale, set by the strongest, so weak
+    ones use few of the integers. ReLU and pooling let a positive factor s through: times s in the
+    layer that writes a channel, divided by s in the one that reads it. s = sqrt(largest range / the
+    channel's range) goes half of the way, which leaves weak channels room for values that
+    calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
     """
-    found = {}
-    for layer, reader in zip(LAYERS, LAYERS[1:]):
-        if layer.relu:
-            part, weight = getattr(model, layer.name), getattr(model, reader.name).weight
-            ranges = getattr(model, f"range_{layer.place}")
-            largest = ranges.amax().clamp(min=SMALLEST)
-            factors = (largest / torch.maximum(ranges, largest / 16)).sqrt()    # at most 4: a silent one may wake
-            part.weight *= factors.reshape(-1, 1, 1, 1)
-            part.bias *= factors
-            ranges *= factors
-            per_channel = weight.reshape(len(weight), len(factors), -1)     # fc1 reads 11 x 11 values of a channel
-            weight.copy_((per_channel / factors.reshape(-1, 1)).reshape(weight.shape))
-            found[layer.place] = factors
-    return found
+    model, found = copy.deepcopy(folded), {}
+    for layer, reader in zip(LAYERS[:4], LAYERS[1:]):       # the convolutions and what reads them
+        writer, read_weight = model.part(layer), model.part(reader).weight
+        ranges = model.range_at(layer.place)
+        largest = ranges.amax().clamp(min=SMALLEST)
+        factors = (largest / torch.maximum(ranges, largest / LARGEST_FACTOR**2)).sqrt()
+        writer.weight *= spread(factors, 3)
+        writer.bias *= factors
+        ranges *= factors
+        by_channel = read_weight.unflatten(1, (len(factors), -1))       # of fc1: 11 x 11 a channel
+        by_channel.div_(spread(factors, by_channel.dim() - 2))
+        found[layer.place] = factors
+    return model, found
 
 
 def gptq(weight, w_scale, moments, to):
-    """Round FP32 weights (out, K) one input after the other, the error of each made up for by those still to come.
+    """Round FP32 weights (out, K) input by input, each error made up for by the inputs to come.
 
-    moments (K, K): how inputs go together, X X' over the patches X (K, positions) of calibration pictures. Two
-    pixels that are nearly always alike can share an error: one weight rounded up, the next down. w_scale: (out,).
-    Returns integers (out, K) of the type `to` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    moments (K, K): how inputs go together, X X' over the patches X (K, positions) of calibration
+    pictures, the paper's H but for a factor. Two pixels that are nearly always alike can share an
+    error: one weight rounded up, the next down. w_scale: (out,). Returns integers (out, K) of the
+    type `to` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
 
-    Row k of `upper` holds how much of weight k's error each later one takes over, once those before k are fixed:
-    eliminating inputs one by one is what a Cholesky factorization of the inverse does.
+    Row k of `upper` holds how much of weight k's error each later one takes over, once those before
+    k are fixed: eliminating inputs one by one is what a Cholesky factorization of the inverse does.
     """
-    # a little of every input's own, else dead inputs, and those always alike, leave nothing to invert
-    damping = 0.01 * moments.diagonal().mean() + SMALLEST
+    # inputs that are always 0, or always alike, would make the matrix singular
+    damping = DAMPING * moments.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), device=moments.device))
     upper = torch.linalg.cholesky(inverse, upper=True)
     weight = weight.t().clone(memory_format=torch.contiguous_format)            # (K, out)
@@ -764,142 +852,137 @@ def gptq(weight, w_scale, moments, to):
     return rounded.t()
 
 
-@torch.no_grad()
-def refine(int8_model, model, pixels):
-    """Layer by layer, round the weights by `gptq` and correct the bias, on what calibration pictures make of them.
+def refined_weight(conv, w_scale, inputs, to):
+    """A convolution's weight rounded by `gptq` on its integer inputs, chunks of (n, C, h, w)."""
+    moments = 0
+    for x in inputs:
+        patches = F.unfold(x.float(), conv.kernel_size, stride=GPTQ_STRIDE)     # (n, K, positions)
+        moments = moments + torch.einsum("nkp,njp->kj", patches, patches)
+    weight, w_scale = conv.weight.flatten(1), w_scale.expand(len(conv.weight))
+    rounded = gptq(weight.double(), w_scale.double(), moments.double(), to)
+    return rounded.reshape(conv.weight.shape)
 
-    model: the folded FP32 network that int8_model was made from; pixels: uint8 (n, 3, 224, 224). A layer's bias moves
-    by the mean difference between its FP32 and its INT8 output, where the INT8 layers before it give its input (Nagel
-    et al. 2019, section 4.2). Returns {layer: largest move of a bias, in the layer's FP32 units}.
+
+def mean_error(expected, sums, bias, unit, is_conv):
+    """FP32 minus INT8 output of a layer, mean over pictures and positions, in FP32 units, (out,).
+
+    expected, sums: chunks (n, out, ...) of FP32 outputs, and of INT8 sums before bias and ReLU;
+    unit: the scale of the sums, (out,).
     """
-    def mean(x):                                                                # over positions: (n, out)
-        return x.flatten(2).mean(2) if x.dim() == 4 else x
+    errors = []
+    for y, total in zip(expected, sums):
+        found = total + spread(bias.float(), total.dim() - 2)
+        if is_conv:
+            y, found = y.flatten(2).mean(2), F.relu_(found).flatten(2).mean(2)
+        errors.append(y - found / unit)
+    return torch.cat(errors).mean(0)
 
-    recipe = int8_model.recipe
-    if not (recipe["GPTQ"] or recipe["BIAS_CORRECTION"]):
-        return {}
-    moved, xs = {}, [chunk.float() for chunk in pixels.split(5)]                # FP32 inputs of a layer
-    qs = [next(int8_model.activations(chunk))[1] for chunk in pixels.split(5)]  # INT8 inputs
+
+@torch.no_grad()
+def refine(int8_model, fp32_model, pixels):
+    """Layer by layer, in place, round weights by GPTQ and correct biases on calibration pictures.
+
+    fp32_model: the folded network that int8_model was made from; pixels: uint8 (n, 3, h, w). A
+    layer's input is what the INT8 layers before it, refined already, make of the pictures. Its bias
+    moves by the mean error of its output (Nagel et al. 2019, section 4.2).
+    """
+    recipe, chunks = int8_model.recipe, pixels.split(CHUNK)
+    fp32_values = [values_at(fp32_model, chunk) for chunk in chunks]
+    inputs = [int8_model.quantize_pixels(chunk) for chunk in chunks]
     for layer in LAYERS:
-        part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
-        w_scale = part8.w_scale.expand(part8.bias.shape)
-        if recipe["GPTQ"] and layer.bn:     # fully connected: one position a picture, too few for so many inputs
-            patches = (F.unfold(q.float(), part.kernel_size, stride=6) for q in qs)     # (5, K, positions)
-            moments = sum(torch.einsum("nkp,njp->kj", chunk, chunk) for chunk in patches).double()
-            part8.weight.copy_(gptq(part.weight.flatten(1).double(), w_scale.double(), moments,
-                                    int_range(recipe["BIT"])).reshape(part8.weight.shape))
-        relu = getattr(model, layer.relu) if layer.relu else nn.Identity()
-        bias = spread(part8.bias.float(), part.weight.dim() - 2)
-        unit = int8_model.sum_scale(layer).expand(w_scale.shape)                # integers per unit of a sum
-        sums, gaps = [], []
-        for i, q in enumerate(qs):
-            x = relu(model.linear(layer, xs[i]))                                # cnn1: FP32 (5, 16, 220, 220)
-            sums.append(int8_model.sums(layer, q if layer.pool else q.flatten(1)))
-            gaps.append(mean(x) - mean(relu(sums[i] + bias)) / unit)
-            xs[i] = int8_model.maxpool(x) if layer.pool else x
+        part, part8 = fp32_model.part(layer), int8_model.part(layer)
+        if recipe["GPTQ"] and layer.is_conv:    # FC: one position a picture, too few for its inputs
+            to = int_range(recipe["WEIGHT_BIT"])
+            part8.weight.copy_(refined_weight(part, part8.w_scale, inputs, to))
+        rounded = ReferenceLayer(int8_model, layer)
+        sums = [rounded.sums(x) for x in inputs]
         if recipe["BIAS_CORRECTION"]:
-            limit = 2**(recipe["BIAS_BIT"] - 1) - 1
-            gap = torch.cat(gaps).mean(0).nan_to_num(0, 0, 0)                   # 0: a mean overflowed
-            part8.bias.copy_((part8.bias + torch.round(gap * unit).double()).clip(-limit, limit))
-            moved[layer.name] = gap.abs().max().item()
-        qs = [int8_model.rescale(layer, sums.pop(0)) for _ in gaps]             # freed one by one
-        qs = [int8_model.maxpool(q) for q in qs] if layer.pool else qs
-    return moved
+            expected = [values[layer.place] for values in fp32_values]
+            unit = int8_model.sum_scale(layer).expand(len(part8.bias))
+            error = mean_error(expected, sums, part8.bias, unit, layer.is_conv)
+            moves = torch.round(error.nan_to_num(0, 0, 0) * unit)       # 0 where a mean overflowed
+            part8.bias.copy_(clip_bias(part8.bias + moves.double(), recipe))
+        refined = ReferenceLayer(int8_model, layer)
+        inputs = [refined.rescale(x) for x in sums]
+        if layer.is_conv:
+            inputs = [int8_model.maxpool(x) for x in inputs]
+        if layer.place == "cv4":
+            inputs = [x.flatten(1) for x in inputs]
 
 
 # %% [markdown]
 # ## Checkpoints
-# Nothing that a checkpoint brings is executed: torch's safe loader builds tensors and plain values, and, for the
-# notebook's own format, objects of the classes listed here, from which only tensors are read.
+# Nothing that a checkpoint brings is executed: torch's safe loader builds tensors and plain values,
+# and, for the notebook's own format, objects of the classes listed here, from which only tensors
+# are read.
 
 # %%
 LARGEST_CHECKPOINT = 2**28      # bytes, packed or not: a hundred times what this network needs
-ALLOWED_CLASSES = [CNN_Model, (CNN_Model, "__main__.CNN_Model"), MaxPool2d, (MaxPool2d, "__main__.MaxPool2d"),
-                   nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Softmax]
+ALLOWED_CLASSES = [CNN_Model, Conv2d, Linear, MaxPool2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU,
+                   nn.MaxPool2d, nn.Linear, nn.Softmax]
+ALLOWED_CLASSES += [(kind, f"__main__.{kind.__name__}") for kind in ALLOWED_CLASSES[:4]]
 
 
-def tensors_of(module):
-    """{name: tensor} of a loaded module, read from its attributes without calling any of its methods."""
-    tensors = {}
-    for kind in ("_parameters", "_buffers"):
-        tensors.update({k: v for k, v in vars(module).get(kind, {}).items() if isinstance(v, torch.Tensor)})
-    for name, part in vars(module).get("_modules", {}).items():
-        tensors.update({f"{name}.{key}": tensor for key, tensor in tensors_of(part).items()})
-    return tensors
+def rezipped(content, compression):
+    """A zip archive, which a checkpoint is, written anew as a file in memory.
 
-
-def weights_of(model):
-    """{name: tensor} of an FP32 model's weights, biases and batch-norm statistics, without ranges."""
-    return {name: value for name, value in model.state_dict().items()
-            if value.is_floating_point() and not name.startswith("range_")}
-
-
-def intact(path):
-    """A checkpoint's archive, written anew from what its checksums vouch for, as a file. Raises ValueError or what
-    zipfile raises where they do not.
-
-    torch.load ignores the checksums of its format, zip: a flipped bit would be a wrong weight.
+    zipfile holds what it reads against the checksums. torch.load would take a flipped bit for a
+    weight.
     """
-    if path.stat().st_size > LARGEST_CHECKPOINT:
-        raise ValueError("too large")
     fresh = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(fresh, "w") as copy:
-        names = archive.namelist()
-        if len(set(names)) < len(names) or sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
-            raise ValueError("two parts of one name, or too large")
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(fresh, "w", compression) as new:
+        names = old.namelist()
+        if len(set(names)) < len(names):
+            raise ValueError("two parts of one name")
+        if sum(part.file_size for part in old.infolist()) > LARGEST_CHECKPOINT:
+            raise ValueError("too large when unpacked")
         for name in names:
-            copy.writestr(name, archive.read(name))
+            new.writestr(zipfile.ZipInfo(name), old.read(name), compression)    # without the time
     fresh.seek(0)
     return fresh
 
 
-def load_checkpoint(path):
-    """Return (the names that a checkpoint holds, its model on DEVICE).
+def tensors_of(module):
+    """{name: tensor} of a loaded module, from its attributes, without calling its methods."""
+    parts = vars(module)
+    tensors = {**parts.get("_parameters", {}), **parts.get("_buffers", {})}
+    for name, part in parts.get("_modules", {}).items():
+        tensors.update({f"{name}.{key}": tensor for key, tensor in tensors_of(part).items()})
+    return tensors
 
-    {"model": state_dict or CNN_Model} gives a CNN_Model, {"model": tensors, "recipe": {constant: value}}, as
-    `save_checkpoint` writes it, an INT8_Model. Raises InputError when the file is missing, damaged or unsafe, or when
-    a tensor is missing, of another shape or type, or not finite.
-    """
+
+def read_checkpoint(path):
+    """({name: tensor}, the recipe or None) of a checkpoint."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}: put the file there or set CHECKPOINT")
     try:
-        content = intact(path)
-        with torch.serialization.safe_globals(ALLOWED_CLASSES), warnings.catch_warnings(action="ignore"):
+        if path.stat().st_size > LARGEST_CHECKPOINT:
+            raise ValueError("too large")
+        content = rezipped(path, zipfile.ZIP_STORED)
+        quietly = warnings.catch_warnings(action="ignore")
+        with quietly, torch.serialization.safe_globals(ALLOWED_CLASSES):
             saved = torch.load(content, map_location="cpu", weights_only=True)
-        recipe, saved = saved.get("recipe"), saved["model"]
-        recipe = None if recipe is None else {name: recipe[name] for name in RECIPE}
-        saved = tensors_of(saved) if isinstance(saved, CNN_Model) else dict(saved)
+        model = saved["model"]
+        tensors = tensors_of(model) if isinstance(model, CNN_Model) else dict(model)
+        return tensors, saved.get("recipe")
     except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
+        reason = f"is damaged, or no checkpoint of torch 1.6 or newer ({type(error).__name__})"
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
-        reason = (f"holds {unsafe[1]}, which this network does not need; it was not loaded" if unsafe else
-                  f"is damaged, or no checkpoint of torch 1.6 or newer ({type(error).__name__})")
-        raise InputError(f"checkpoint {path} {reason}: give a file with {{'model': state_dict}}") from None
-    legal = legal_values()
-    for name, value in (recipe or {}).items():
-        is_legal, what = legal[name]
-        if not is_legal(value):
-            raise InputError(f"checkpoint {path}: its recipe has no legal {name}, which is {what}; quantize again")
-    model = CNN_Model() if recipe is None else INT8_Model(recipe)
-    needed = weights_of(model) if recipe is None else model.state_dict()
-    for name, value in needed.items():
-        problem = problem_of(name, saved.get(name), value, recipe)
-        if problem:
-            raise InputError(f"checkpoint {path}: {name} {problem}; give a checkpoint of this network")
-    model.load_state_dict({name: saved[name] for name in needed}, strict=False)
-    for layer in LAYERS if recipe else []:
-        if not (model.largest_accumulator(layer) * model.multiplier(layer)).isfinite().all():
-            raise InputError(f"checkpoint {path}: scales around {layer.name} overflow FP32; quantize again")
-    return list(saved), model.to(DEVICE).eval().to(memory_format=torch.channels_last)
+        if unsafe:
+            reason = f"holds {unsafe[1]}, which this network does not need; it was not loaded"
+        advice = "give a file with {'model': state_dict}"
+        raise InputError(f"checkpoint {path} {reason}: {advice}") from None
 
 
-def problem_of(name, found, needed, recipe):
+def problem_of(name, found, needed):
     """What is wrong with a checkpoint's tensor, in words; None when it can stand for `needed`."""
     if not isinstance(found, torch.Tensor):
         return "is missing"
     if found.layout != torch.strided or found.is_meta or found.is_quantized:
         return f"is no dense tensor ({found.dtype})"
-    if found.dtype != needed.dtype and not (found.is_floating_point() and needed.is_floating_point()):
+    both_real = found.is_floating_point() and needed.is_floating_point()
+    if found.dtype != needed.dtype and not both_real:
         return f"is {found.dtype}, not {needed.dtype}"
     if found.shape != needed.shape:
         return f"has shape {tuple(found.shape)}, not {tuple(needed.shape)}"
@@ -909,134 +992,150 @@ def problem_of(name, found, needed, recipe):
         return "has a negative variance in it"
     if "scale" in name and not (found.float() > 0).all():
         return "has a scale in it that is not positive"
-    if not found.is_floating_point():
-        limit = 2**(recipe["BIT" if name.endswith("weight") else "BIAS_BIT"] - 1) - 1
-        if (found.long().abs() > limit).any():
-            return f"has an integer in it beyond {limit}"
     return None
 
 
-def save_checkpoint(model, path):
-    """Write an INT8_Model: its recipe, and tensors. Raises InputError when the file cannot be written."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+def fill(model, tensors, path):
+    """Load what a model needs of a checkpoint's tensors, and return it on DEVICE, ready to run."""
+    needed = {name: value for name, value in model.state_dict().items()
+              if not name.startswith("range_") and not name.endswith("num_batches_tracked")}
+    for name, value in needed.items():
+        problem = problem_of(name, tensors.get(name), value)
+        if problem:
+            raise InputError(f"checkpoint {path}: {name} {problem}; give one of this network")
+    model.load_state_dict({name: tensors[name] for name in needed}, strict=False)
+    return model.to(DEVICE).eval().to(memory_format=torch.channels_last)
+
+
+def load_checkpoint(path):
+    """The CNN_Model of {"model": state_dict or CNN_Model}."""
+    tensors, recipe = read_checkpoint(path)
+    if recipe is not None:
+        raise InputError(f"checkpoint {path} is the INT8 network of a run: set CHECKPOINT to FP32 "
+                         "weights, or use INT8_Model.load in Python")
+    return fill(CNN_Model(), tensors, path)
+
+
+def int8_checkpoint(int8_model):
+    """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in int8_model.state_dict().items()}
     file = io.BytesIO()
-    torch.save({"recipe": model.recipe, "model": tensors}, file)
-    write_whole(path, file.getvalue())
+    torch.save({"recipe": int8_model.recipe, "model": tensors}, file)
+    return rezipped(file, zipfile.ZIP_DEFLATED).getvalue()
 
 
-def write_whole(path, content):
-    """Write bytes to a file, whole or not at all. Raises InputError when it cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+@torch.inference_mode(False)        # as `INT8_Model` needs it
+def load_int8_checkpoint(path):
+    """The INT8_Model of a run's INT8 checkpoint, engine not chosen yet."""
+    tensors, recipe = read_checkpoint(path)
+    if not isinstance(recipe, dict):
+        raise InputError(f"checkpoint {path} holds FP32 weights, or no recipe: give the "
+                         "INT8_checkpoint.pth.tar of a run")
+    # two constants that the first recipes did not have yet
+    recipe = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224)} | recipe
+    for name in DEFAULT_RECIPE:
+        words = must_be(name, recipe.get(name))
+        if words:
+            raise InputError(f"checkpoint {path}: {name} in its recipe is not {words}")
+    recipe = {name: recipe[name] for name in DEFAULT_RECIPE}
+    int8_model = fill(INT8_Model(recipe), tensors, path)
+    for layer in LAYERS:
+        for kind, bit in (("weight", recipe["WEIGHT_BIT"]), ("bias", recipe["BIAS_BIT"])):
+            limit = 2**(bit - 1) - 1
+            if (int8_model.part(layer).get_buffer(kind).long().abs() > limit).any():
+                raise InputError(f"checkpoint {path}: {layer.name}.{kind} has an integer in it "
+                                 f"beyond {limit}; quantize again")
+        if not (int8_model.largest_sum(layer) * int8_model.multiplier(layer)).isfinite().all():
+            raise InputError(f"checkpoint {path}: scales around {layer.name} overflow FP32; "
+                             "quantize again")
+    return int8_model
+
+
+def write_files(folder, contents):
+    """Write {name: bytes}, each file whole or not at all; the last is absent meanwhile."""
+    temporary = {folder / name: folder / f"{name}.{os.getpid()}.tmp" for name in contents}
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for content, path in zip(contents.values(), temporary.values()):
+            path.write_bytes(content)
+        list(temporary)[-1].unlink(missing_ok=True)
+        for final, path in temporary.items():
+            os.replace(path, final)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; set OUTPUT_DIR") from None
+        raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            if path.exists():
+                path.unlink()
+
+
+def make_writable(folder):
+    """Make the folder, and try now, not after the run, whether it can be written to."""
+    probe = f"{os.getpid()}.probe"
+    write_files(folder, {probe: bytes(2**23)})          # more than a run writes
+    (folder / probe).unlink()
 
 
 # %% [markdown]
 # ## The passes
-# Calibration and evaluation are the same walk over the pictures; during calibration the observers are on.
+# Calibration and evaluation are the same walk over the pictures; in calibration the observers look
+# at the places.
 
 # %%
+TIMED_ROUNDS = 15       # of which the median counts
+
+
 class Outcome(NamedTuple):
     files: list             # n file names
     labels: torch.Tensor    # int64 (n,)
     logits: torch.Tensor    # FP32 (n, 2)
+    top1: float             # percent of the pictures whose class is their label
 
     @property
     def classes(self):
-        """0 or 1; where the logits are equal, 0, cat."""
+        """0 or 1, (n,); where the logits are equal, 0, cat."""
         return self.logits.argmax(1)
 
-    @property
-    def top1(self):
-        """Percent of the pictures whose class is their label."""
-        return 100 * (self.classes == self.labels).double().mean().item()
-
 
 @torch.inference_mode()
-def evaluate(name, model, pictures):
-    """Run a model over the pictures, print how far it is and its Top-1 so far, and return the Outcome.
-
-    A terminal shows one line that changes, anything else a line every ten seconds, and both the last.
-    """
-    meter, terminal = tnt.ClassErrorMeter(topk=[1], accuracy=True), sys.stdout.isatty()
-    files, labels, logits = [], torch.zeros(len(pictures), dtype=torch.int64), torch.zeros(len(pictures), 2)
-    start, shown = time.perf_counter(), 0
-    for batch in pictures.batches():
-        rows = slice(len(files), len(files) + len(batch.files))
-        labels[rows], logits[rows] = batch.labels, model(batch.pixels.to(DEVICE)).cpu()
-        meter.add(logits[rows], batch.labels)
-        files.extend(batch.files)
-        seconds = time.perf_counter() - start
-        line = (f"{name} Top1: {meter.value()[0]:.3f}, {len(files)} of {len(pictures)} pictures, "
-                f"{len(files) / seconds:.0f} a second")
-        if seconds - shown >= (0.1 if terminal else 10):
-            left = f"{line}, {(len(pictures) - len(files)) * seconds / len(files):.0f} seconds left"
-            print(f"\r{left}\033[K" if terminal else left, end="" if terminal else "\n", flush=True)
-            shown = seconds
-    print(f"\r{line}\033[K" if terminal else line)
-    return Outcome(files, labels[:len(files)], logits[:len(files)])
-
-
-def in_common(outcome, other):
-    """Both Outcomes, cut down to the pictures that both have: files may come and go while the run looks at them.
-
-    Raises InputError when there is none.
-    """
-    names = set(outcome.files) & set(other.files)
-    if not names:
-        raise InputError("every picture came or went while the run looked at them: run it again")
-    return [Outcome([name for name in each.files if name in names], each.labels[keep], each.logits[keep])
-            for each in (outcome, other) for keep in [torch.tensor([name in names for name in each.files])]]
-
-
-@torch.inference_mode()
-def time_networks(networks, pixels):
-    """{name: median ms a picture} of {name: network}, in turns on one batch of `pixels`, which is in memory already.
-
-    At least two pictures: the FP32 network makes two of one, see `linear`.
-    """
-    batch, ms = torch.cat([pixels, pixels])[:max(BATCH_SIZE, 2)], {name: [] for name in networks}
-    for _ in range(15):
-        for name, network in networks.items():
-            start = time.perf_counter()
-            network(batch).cpu()                                # .cpu() waits for a GPU
-            ms[name].append(1e3 * (time.perf_counter() - start) / len(batch))
-    return {name: float(np.median(times)) for name, times in ms.items()}
-
-
-def calibrate(model, pictures):
-    """The FP32 pass that sets the ranges. Raises InputError where weights are so large that FP32 overflows.
-
-    It runs with the batch norms already folded, which takes a sixth less time; the run proves below that folding
-    changes nothing but the last digits.
-    """
-    fused = model.fused()
-    fused.observe(len(pictures))
-    outcome = evaluate("FP32", fused, pictures)
-    for place in PLACES:
-        range_data = getattr(fused, f"range_{place}")
-        if not (range_data * HEADROOM).isfinite().all():
-            raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller weights")
-        getattr(model, f"range_{place}").copy_(range_data)
-        model.maxima[place] = fused.maxima[place][:fused.seen]
+def evaluate(name, model, pictures, at=unwatched):
+    """Run a model over the pictures and return the Outcome. at: see `CNN_Model.forward`."""
+    meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
+    files, labels, logits = [], [], []
+    start = reported = time.perf_counter()
+    for pixels, batch_labels, batch_files in pictures.batches():
+        answers = model(pixels.to(DEVICE), at).cpu()
+        meter.add(answers, batch_labels)
+        files += batch_files
+        labels += batch_labels.tolist()         # tensors kept here would lie between big buffers
+        logits += answers.tolist()
+        now = time.perf_counter()
+        if now - reported >= 10:
+            left = (now - start) / len(files) * (len(pictures) - len(files))
+            print(f"{name} Top1: {meter.value()[0]:.3f}, {len(files)} of {len(pictures)} pictures, "
+                  f"{left:.0f} seconds left")
+            reported = now
+    outcome = Outcome(files, torch.tensor(labels), torch.tensor(logits), float(meter.value()[0]))
+    print(f"{name} Top1: {outcome.top1:.3f}, {len(files)} of {len(pictures)} pictures")
     return outcome
 
 
-def sample(pictures, count=20):
-    """Pixels of the first pictures, at most `count`, on DEVICE, to prove a transformation on."""
-    pixels, count_so_far = [], 0
-    for batch in pictures.batches():
-        pixels.append(batch.pixels)
-        count_so_far += len(batch.files)
-        if count_so_far >= count:
-            break
-    return torch.cat(pixels)[:count].to(DEVICE)
+def calibrate(folded, pictures):
+    """The FP32 pass that sets the ranges of a folded network, from 0. Returns the Outcome."""
+    for place in PLACES:
+        folded.range_at(place).zero_()
+    return evaluate("FP32", folded, pictures, folded.update_range)
+
+
+def quantize_network(folded, pixels, recipe):
+    """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
+
+    The first is `folded`, or with EQUALIZE an equalized copy. pixels: of calibration, (n, 3, h, w).
+    """
+    fp32_model = equalize(folded)[0] if recipe["EQUALIZE"] else folded
+    int8_model = fp32_model.cl_scale(recipe)
+    refine(int8_model, fp32_model, pixels)
+    return fp32_model, int8_model
 
 
 @torch.inference_mode()
@@ -1045,231 +1144,82 @@ def largest_change(model, other, pixels):
     return (model(pixels) - other(pixels)).abs().max().item()
 
 
+def kernels_saturate(recipe):
+    """Whether this CPU's INT8 kernels are wrong where a recipe's inputs and weights are largest.
+
+    x86 without VNNI adds pairs of products in 16 bits, which 2 * 255 * 127 overflows.
+    """
+    largest_input = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"]).high
+    largest_weight = int_range(recipe["WEIGHT_BIT"]).high
+    x = torch.full((1, 16, 9, 9), largest_input, dtype=torch.uint8, device=DEVICE)
+    row = x.flatten(1)[:, :144].to(place_integers(recipe)["cv4"].dtype)         # what FC1 reads
+    weight = torch.full((16, 16, 3, 3), largest_weight, dtype=torch.int8, device=DEVICE)
+    one, zero = torch.ones(16, device=DEVICE), torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    wrong = False
+    for inputs, weights in ((x, weight), (row, weight.flatten(1))):
+        sums = kernel(inputs, pack(weights, one), one, zero, zero.float(), torch.float32, "none")
+        wrong |= bool((sums != 144 * largest_input * largest_weight).any())
+    return wrong
+
+
 @torch.inference_mode()
 def choose_engine(int8_model, pixels):
-    """Set int8_model to the executor that INT8_ENGINE asks for, after comparing both, every value at every place.
+    """Set int8_model to the engine that INT8_ENGINE asks for, after comparing every value of both.
 
-    Returns {"compared": values, "different": values, "why": a sentence}. Raises InputError where "onednn" is
-    forced and cannot run.
+    Returns {"compared": values, "different": values, "why": in words}.
     """
     int8_model.engine = "reference"
-    exact = {"compared": 0, "different": 0, "why": "forced by INT8_ENGINE"}
     if INT8_ENGINE == "reference":
-        return exact
-    expected = list(int8_model.activations(pixels))
+        return {"compared": 0, "different": 0, "why": "forced by INT8_ENGINE"}
     try:
-        int8_model.use_kernels()
-        for (_, x), (_, y) in zip(expected, int8_model.activations(pixels)):
-            exact["compared"] += x.numel()
-            exact["different"] += int((x != y).sum())
-        exact["why"] = ("this CPU's kernels add pairs of products in 16 bits" if kernels_saturate() else
-                        "this CPU's kernels give other integers" if exact["different"] else None)
-    except (RuntimeError, AttributeError) as error:             # another device, or a torch without them
-        exact["why"] = f"no INT8 kernels here ({' '.join(str(error).split())[:80]})"
+        saturate = kernels_saturate(int8_model.recipe)
+    except (AttributeError, RuntimeError) as error:
+        why = f"no INT8 kernels here ({' '.join(str(error).split())[:60]})"
         if INT8_ENGINE == "onednn":
-            raise InputError(f'INT8_ENGINE = "onednn": {exact["why"]}; set it to "auto"') from None
-    if exact["why"] and INT8_ENGINE == "auto":
+            raise InputError(f'INT8_ENGINE = "onednn": {why}; set it to "auto"') from None
+        return {"compared": 0, "different": 0, "why": why}
+    expected = values_at(int8_model, pixels)
+    int8_model.engine = "onednn"
+    found = values_at(int8_model, pixels)
+    compared = sum(values.numel() for values in expected.values())
+    different = sum(int((found[place] != values).sum()) for place, values in expected.items())
+    if saturate:
+        why = ("this CPU's kernels add pairs of products in 16 bits; WEIGHT_BIT = 7 makes room, "
+               "and the kernels run")
+    elif different:
+        why = "this CPU's kernels give other integers"
+    else:
+        why = "its kernels agree with the reference"
+    if INT8_ENGINE == "auto" and (saturate or different):
         int8_model.engine = "reference"
-    exact["why"] = exact["why"] or "its kernels agree with the reference"
-    return exact
+    return {"compared": compared, "different": different, "why": why}
+
+
+@torch.inference_mode()
+def time_networks(networks, pixels):
+    """{name: median ms a picture} of {name: network}, in turns on one batch of pixels."""
+    ms = {name: [] for name in networks}
+    for _ in range(TIMED_ROUNDS):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            network(pixels).cpu()           # .cpu() waits for a GPU
+            ms[name].append(1e3 * (time.perf_counter() - start) / len(pixels))
+    return {name: float(np.median(times)) for name, times in ms.items()}
 
 
 # %% [markdown]
-# ## What quantization did
-# Where is the error born? Where do the ranges come from? How many calibration pictures are enough? What would fewer
-# bits do? Is the difference between the answers more than chance? Nothing here changes a network.
+# ## Comparison
+# Which answers changed, by how much, and is it more than chance? And what of it is shown.
 
 # %%
-BINS = 1024         # of a histogram, from 0 to the range
-
-
-def flat(x):
-    """All values in one row; maps in the order in which they lie in memory, so that nothing is copied."""
-    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(-1)
-
-
-def histogram(x, largest):
-    """Counts (4 * BINS,) of FP32 values from -2 to 2 times `largest`; the outer bins count what is beyond, too."""
-    bins = (x * (BINS / max(largest, SMALLEST)) + 2 * BINS).clamp_(0, 4 * BINS - 1).short()
-    return torch.bincount(flat(bins), minlength=4 * BINS)
-
-
-def energy(x):
-    """Sum of squares, in FP32, good for four digits or 0.001 dB; in FP64 where it overflows."""
-    norm = torch.linalg.vector_norm(x).item()
-    return (norm if norm < math.inf else torch.linalg.vector_norm(x.double()).item())**2
-
-
-def decibels(signal, noise):
-    """Ratio of two energies in dB; None when there is no noise."""
-    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
+LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
 
 
 def sqnr_db(signal, changed):
     """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
-    return decibels(energy(signal.double()), energy(signal.double() - changed.double()))
-
-
-def agreement(logits, other):
-    """Share of the pictures that both give the same class."""
-    return (logits.argmax(1) == other.argmax(1)).double().mean().item()
-
-
-def round_trip(int8_model, place, x):
-    """FP32 values to the integers of a place and back; logits that stay FP32 stay what they are."""
-    if int8_model.is_fp32(place):
-        return x
-    scale = getattr(int8_model, f"scale_{place}")
-    return round_and_clip(x, scale, int8_model.integers[place]).div_(scale)
-
-
-def rounding_errors(model, int8_model, layer):
-    """What quantization adds to a layer's FP32 weight and bias, in their shapes.
-
-    The biases are those of before the bias correction, which makes up for what is inherited.
-    """
-    part, part8 = getattr(model, layer.name), getattr(int8_model, layer.name)
-    bias = weight_quant(part.weight, part.bias, getattr(int8_model, f"scale_{layer.source}"), int8_model.recipe)[1]
-    return (part8.weight / spread(part8.w_scale, part.weight.dim() - 1) - part.weight,
-            bias / int8_model.sum_scale(layer) - part.bias)
-
-
-def quantized_alone(model, int8_model, layer, x, weight, bias):
-    """{part: a layer's output on its FP32 input x when that part is quantized}; "fp32": none, "born": all of them.
-
-    weight, bias: the layer's `rounding_errors`.
-    """
-    by_weights = F.conv2d(x, weight) if layer.bn else F.linear(x.flatten(1), weight)
-    by_biases = spread(bias, weight.dim() - 2)
-    sums, activate = model.linear(layer, x), F.relu_ if layer.relu else lambda x: x
-    both = activate((sums + by_weights).add_(by_biases))
-    found = {"weights": activate(by_weights.add_(sums)), "biases": activate(sums + by_biases), "fp32": activate(sums)}
-    return found | {"rounding": round_trip(int8_model, layer.place, found["fp32"]),
-                    "born": round_trip(int8_model, layer.place, both)}
-
-
-@torch.inference_mode()
-def error_ledger(model, int8_model, pixels):
-    """Where the error is born. model: the folded network that int8_model was made from; pixels: uint8 (n, 3, 224, 224).
-
-    Runs side by side: the FP32 network, the INT8 network, and for each layer one that quantizes this layer alone.
-    Returns a dict a layer, and {place: histogram of its FP32 values}. "sqnr_db" is in dB, None for no error:
-    at the layer's output the INT8 network's error ("int8"), what of it comes with the layer's input ("inherited": FP32
-    layer, INT8 input), the error of quantizing this layer alone ("born") and its parts ("weights", "biases" and
-    "rounding" of the output); and the error of quantizing this layer alone at the logits ("logits").
-    """
-    names = {"input": "input"} | {layer.place: layer.name for layer in LAYERS}      # {place: its row}
-    rows = {name: Counter() for name in names.values()}         # {row: {kind of error: its energy; count: so many}}
-    histograms, codes = Counter(), Counter()                    # {place: counts}, {place: counts of its integers}
-    errors = {layer.name: rounding_errors(model, int8_model, layer) for layer in LAYERS}
-    for chunk in pixels.split(5):
-        x, others = chunk.float(), {}       # what the next layer reads: of the FP32 network, {of another: values}
-        for (place, q), layer in zip(int8_model.activations(chunk), [None, *LAYERS]):
-            row, to, scale = rows[names[place]], int8_model.integers[place], getattr(int8_model, f"scale_{place}")
-            if layer:
-                others = {name: model.linear(layer, values) for name, values in others.items()}
-                others = {name: F.relu_(values) if layer.relu else values for name, values in others.items()}
-                found = quantized_alone(model, int8_model, layer, x, *errors[layer.name])
-                found["inherited"] = others["int8"]
-                x = found.pop("fp32")
-            else:
-                found = dict.fromkeys(("rounding", "born"), round_trip(int8_model, place, x))
-            found["int8"] = q if int8_model.is_fp32(place) else q / scale
-            row.update({kind: energy(values - x) for kind, values in found.items()}, signal=energy(x))
-            histograms[place] += histogram(x, ((to.high + 0.5) / scale).item())
-            if not int8_model.is_fp32(place):
-                row.update(values=x.numel(), clipped=int(torch.count_nonzero(x.abs() > (to.high + 0.5) / scale)))
-                codes[place] += torch.bincount(flat(q).int() - to.low, minlength=to.high - to.low + 1)
-            others |= {"int8": found["int8"], names[place]: found["born"]}
-            if layer and layer.pool:
-                x, others = int8_model.maxpool(x), {name: int8_model.maxpool(values) for name, values in others.items()}
-        for name, row in rows.items():
-            row["logits"] += energy(others[name] - x)
-
-    ledger = []
-    for place, name in names.items():
-        row, clipped, used, available = rows[name], None, None, None        # None where the logits stay FP32
-        if place in codes:
-            clipped, used, available = row["clipped"] / row["values"], int((codes[place] > 0).sum()), len(codes[place])
-        sqnr = {kind: decibels(row["signal"], row[kind])
-                for kind in ("int8", "inherited", "born", "weights", "biases", "rounding")}
-        sqnr["logits"] = decibels(rows["fc2"]["signal"], row["logits"])
-        ledger.append({"name": name, "sqnr_db": sqnr, "clipped": clipped, "codes_used": used, "codes": available,
-                       "hurts_most": False})
-    guilty = [row for row in ledger if row["sqnr_db"]["logits"] is not None]
-    if guilty:
-        min(guilty, key=lambda row: row["sqnr_db"]["logits"])["hurts_most"] = True
-    return ledger, {place: counts.cpu() for place, counts in histograms.items()}
-
-
-@torch.inference_mode()
-def range_sources(model, files, pixels):
-    """Where a range comes from: a dict a place with the range, the picture that set it and its number, and the 99.9th
-    percentile of the magnitudes on `pixels`, to a thousandth of the range. files: names of the calibration pictures.
-    """
-    folded, histograms, rows = model.fused(), Counter(), []
-    largest = {place: model.maxima[place].amax(1).cpu().numpy() for place in PLACES}        # (pictures,)
-    for chunk in pixels.split(5):
-        for place, x in folded.activations(chunk):
-            histograms[place] += histogram(x.abs(), largest[place].max().item())
-    for place, values in largest.items():
-        share = histograms[place].cumsum(0) / histograms[place].sum()
-        bins = (share < 0.999).sum().item() + 1 - 2 * BINS                                  # upper edge of the bin
-        index = int(values.argmax())                                                        # the first, if several
-        rows.append({"place": place, "range": values[index].item(), "file": files[index], "number": index + 1,
-                     "percentile999": values[index].item() * min(bins / BINS, 1)})
-    return rows
-
-
-def quantized(model, count, pixels, engine, **changes):
-    """The INT8_Model that the run below makes in steps, calibrated on the first `count` pictures that `model` observed.
-
-    pixels: the first calibration pictures; changes: constants of the recipe that are to be others.
-    """
-    folded, recipe = model.fused(), current_recipe() | changes
-    for place in PLACES:
-        getattr(folded, f"range_{place}").copy_(model.maxima[place][:count].amax(0))
-    if recipe["EQUALIZE"]:
-        equalize(folded)
-    int8_model = folded.cl_scale(recipe)
-    refine(int8_model, folded, pixels[:count])
-    if engine == "onednn":
-        int8_model.use_kernels()
-    return int8_model
-
-
-@torch.inference_mode()
-def calibration_curve(model, int8_model, calibration_pixels, pixels, fp32_logits):
-    """How many pictures are enough: a dict for the first 1, 2, 5, 10, 20, 50, ... calibration pictures and for all.
-
-    Each holds the place's ranges as shares of the last, and how an INT8 network calibrated on so many answers `pixels`:
-    "agreement" with FP32 and "sqnr_db" of the logits, "as_last" whether every class is the one of the last.
-    """
-    total = len(model.maxima["input"])
-    counts = [k * 10**exponent for exponent in range(len(str(total))) for k in (1, 2, 5) if k * 10**exponent < total]
-    rows = []
-    for count in counts + [total]:
-        other = int8_model if count == total else quantized(model, count, calibration_pixels, int8_model.engine)
-        logits = torch.cat([other(chunk).cpu() for chunk in pixels.split(5)])
-        ranges = {place: (maxima[:count].max() / maxima.max()).item() if maxima.max() else 1.0
-                  for place, maxima in model.maxima.items()}
-        rows.append({"pictures": count, "ranges": ranges, "sqnr_db": sqnr_db(fp32_logits, logits),
-                     "agreement": agreement(fp32_logits, logits), "classes": logits.argmax(1)})
-    last = rows[-1]["classes"]
-    return [row | {"as_last": torch.equal(row.pop("classes"), last)} for row in rows]
-
-
-def sweep_bits(model, calibration_pixels, evaluation, fp32, engine):
-    """The same network, pictures and recipe with BIT 8 down to 2: a dict each, with the seconds that it took."""
-    rows = []
-    for bit in range(8, 1, -1):
-        start = time.perf_counter()
-        int8_model = quantized(model, len(model.maxima["input"]), calibration_pixels, engine, BIT=bit)
-        expected, found = in_common(fp32, evaluate(f"{bit} bits", int8_model, evaluation))
-        rows.append({"bit": bit, "top1": found.top1, "sqnr_db": sqnr_db(expected.logits, found.logits),
-                     "agreement": agreement(expected.logits, found.logits),
-                     "size_bytes": size_of(int8_model), "seconds": time.perf_counter() - start})
-    return rows
+    signal, changed = signal.double(), changed.double()
+    noise = (signal - changed).square().sum().item()
+    return 10 * math.log10(max(signal.square().sum().item() / noise, 1e-300)) if noise else None
 
 
 def wilson(correct, n, z=1.959964):
@@ -1281,447 +1231,280 @@ def wilson(correct, n, z=1.959964):
 
 
 def mcnemar(gained, lost):
-    """Exact two-sided p-value: how likely a fair coin splits as unevenly the pictures that only one network has right
-    (McNemar 1947)."""
+    """Exact two-sided p-value: how likely a fair coin splits the pictures that only one network has
+    right at least as unevenly (McNemar 1947)."""
     pictures = gained + lost
     tail = sum(math.comb(pictures, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**pictures)
 
 
-def compare_answers(fp32, int8):
-    """Two Outcomes of the same pictures: what changed its class, whether that is more than chance, and how often each
-    label got each answer."""
-    changed = (fp32.classes != int8.classes).nonzero().flatten().tolist()
-    flips = [{"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
-              "better": bool(int8.classes[i] == int8.labels[i]),
-              "fp32_logits": fp32.logits[i].tolist(), "int8_logits": int8.logits[i].tolist(),
-              "fp32_margin": (fp32.logits[i].max() - fp32.logits[i].min()).item()} for i in changed]
+def accuracy_of(outcome):
+    """Top-1 in percent, the pictures it counts, its interval, and what each label was called."""
+    correct = round(outcome.top1 / 100 * len(outcome.files))
+    answers = torch.bincount(2 * outcome.labels + outcome.classes, minlength=4)
+    return {"top1": outcome.top1, "correct": correct, "confusion": answers.reshape(2, 2).tolist(),
+            "interval95": wilson(correct, len(outcome.files))}
+
+
+def compare(fp32, int8):
+    """What changed between two Outcomes: a dict of plain values, each figure of the summary."""
+    if fp32.files != int8.files:
+        raise InputError("pictures came or went while the run looked at them: run it again")
+    if not (fp32.logits.isfinite().all() and int8.logits.isfinite().all()):
+        raise InputError("logits overflow FP32: give a checkpoint with smaller weights")
+    flips = []
+    for i in (fp32.classes != int8.classes).nonzero().flatten().tolist():
+        cat, dog = fp32.logits[i].tolist()
+        flips.append({"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
+                      "better": bool(int8.classes[i] == int8.labels[i]),
+                      "fp32_logits": [cat, dog], "int8_logits": int8.logits[i].tolist(),
+                      "fp32_margin": abs(cat - dog)})
     gained = sum(flip["better"] for flip in flips)
-    lost = len(flips) - gained              # two classes: a change is from wrong to right, or from right to wrong
-    confusion = {name: torch.bincount(2 * outcome.labels + outcome.classes, minlength=4).reshape(2, 2).tolist()
-                 for name, outcome in (("fp32", fp32), ("int8", int8))}
-    return {"agreement": 1 - len(flips) / len(fp32.files), "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits),
-            "flips": flips, "mcnemar": {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)},
-            "confusion": confusion}
+    lost = len(flips) - gained      # of two classes: a change is from wrong to right, or back
+    return {"fp32": accuracy_of(fp32), "int8": accuracy_of(int8),
+            "agreement": 1 - len(flips) / len(fp32.files),
+            "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits), "flips": flips,
+            "mcnemar": {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}}
 
 
-# %% [markdown]
-# ## Report
+def checksum(pictures):
+    """Of the names and sizes of a CatDogDataset's files: other pictures have another."""
+    paths = [pictures.folder / file for file in pictures.files]
+    sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
+    return zlib.crc32(repr((pictures.files, sizes)).encode())
 
-# %%
+
+def against_before(before, report):
+    """What edited constants did to the figures of the run before, in words. Both: reports."""
+    report = json.loads(json.dumps(report))     # as the other was read: tuples are lists there
+    old, new = before["constants"], report["constants"]
+    edits = [f"{name} {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]]
+    others = [what for what, number in report["inputs"].items() if before["inputs"][what] != number]
+    if others:
+        change = f"other {', other '.join(others)}, so the figures cannot be compared"
+    else:
+        change = (f"{name_of(report['recipe'])} Top1 {before['int8']['top1']:.1f} -> "
+                  f"{report['int8']['top1']:.1f} %, same class {100 * before['agreement']:.1f} -> "
+                  f"{100 * report['agreement']:.1f} %, logit SQNR {db(before['logit_sqnr_db'])} -> "
+                  f"{db(report['logit_sqnr_db'])}")
+    return f"against the run before: {', '.join(edits) or 'the same constants'}:\n  {change}"
+
+
+def print_against(path, report):
+    """Compare with the report of the run before, where `path` holds one of this script."""
+    try:
+        print(against_before(json.loads(path.read_bytes()), report))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        print(f"{path} is damaged, or no report of this script: nothing to compare with")
+
+
+def name_of(recipe):
+    """INT8, or where integers have fewer bits W4A8: 4 for weights, 8 for activations."""
+    if recipe["WEIGHT_BIT"] == recipe["BIT"] == 8:
+        return "INT8"
+    return f"W{recipe['WEIGHT_BIT']}A{recipe['BIT']}"
+
+
+def db(value):
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def shown(name, width):
+    """A file's name as it is printed, cut at the front where it is too long."""
+    name = printable(name)
+    return name if len(name) <= width else f"...{name[3 - width:]}"
+
+
 def layer_rows(int8_model):
     """One dict a layer: what quantization made of it."""
     rows = []
     for layer in LAYERS:
-        part, to = getattr(int8_model, layer.name), int8_model.integers[layer.place]
-        scale_out = getattr(int8_model, f"scale_{layer.place}").item()
+        part, scale_out = int8_model.part(layer), int8_model.scale_at(layer.place).item()
+        largest = int(int8_model.largest_sum(layer).max())
         rows.append({
-            "name": layer.name, "shape": list(part.weight.shape), "range": to.high / scale_out,
-            "scale_in": getattr(int8_model, f"scale_{layer.source}").item(),
+            "name": layer.name, "shape": list(part.weight.shape),
+            "range": int8_model.integers[layer.place].high / scale_out,
+            "scale_in": int8_model.scale_at(layer.source).item(),
             "scale_out": None if int8_model.is_fp32(layer.place) else scale_out,
             "weight_scale": part.w_scale.tolist(),
-            "accumulator_bits": int8_model.accumulator_bits(layer)})
+            "accumulator_bits": largest.bit_length()})      # int32 has 31 and a sign
     return rows
 
 
 def print_layers(rows):
-    print("layer  weight shape      range kept   scale in     scale out    weight scale             accumulator bits")
+    """The table of `layer_rows`."""
+    print("layer  weight shape     range kept  scale in   scale out  weight scale        "
+          "accumulator bits")
     for row in rows:
         low, high = min(row["weight_scale"]), max(row["weight_scale"])
         shape = " x ".join(map(str, row["shape"]))
-        out = "FP32" if row["scale_out"] is None else f"{row['scale_out']:.6g}"
-        weights = f"{low:.6g}" + (f" .. {high:.6g}" if high > low else "")
-        print(f"{row['name']:<6} {shape:<17} {row['range']:<12.6g} {row['scale_in']:<12.6g} {out:<12} {weights:<24} "
-              f"{row['accumulator_bits']}")
-
-
-def size_of(model):
-    """Bytes of a model's parameters: FP32, or weights of BIT bits, biases of BIAS_BIT and FP32 scales."""
-    if isinstance(model, CNN_Model):
-        return 4 * sum(value.numel() for value in weights_of(model).values())
-    bits = {torch.int8: model.recipe["BIT"], torch.int32: model.recipe["BIAS_BIT"], torch.float32: 32}
-    return sum(math.ceil(value.numel() * bits[value.dtype] / 8) for value in model.state_dict().values())
-
-
-def build_report(constants, calibrated, skipped, fp32, int8, model, int8_model, exact, ms):
-    """Everything the passes found out, as plain values for JSON; fp32 and what needs it None when only INT8 was run.
-
-    Raises InputError where a picture that did not calibrate makes FP32 overflow.
-    """
-    for outcome in (fp32, int8):
-        if outcome and not outcome.logits.isfinite().all():
-            raise InputError("logits overflow FP32: give a checkpoint with smaller weights")
-
-    def accuracy(name, outcome):
-        correct = int((outcome.classes == outcome.labels).sum())
-        return {"top1": outcome.top1, "correct": correct, "interval95": wilson(correct, len(outcome.files)),
-                "ms_per_image": ms[name]}
-
-    report = {
-        "constants": constants, "recipe": int8_model.recipe, "torch": torch.__version__, "device": str(DEVICE),
-        "images": {"evaluated": len(int8.files), "calibrated": calibrated},
-        "skipped": [{"file": file, "reason": reason} for file, reason in skipped.items()],
-        "fp32": None, "int8": {"engine": int8_model.engine, **accuracy("int8", int8)}, "speedup": None, "exact": exact,
-        "agreement": None, "flips": [], "logit_sqnr_db": None, "mcnemar": None, "confusion": None,
-        "layers": layer_rows(int8_model), "size_bytes": {"fp32": None, "int8": size_of(int8_model)}}
-    if fp32 is None:
-        return report
-    report["size_bytes"]["fp32"] = size_of(model)
-    return report | compare_answers(fp32, int8) | {
-        "fp32": accuracy("fp32", fp32), "speedup": ms["fp32"] / ms["int8"]}
-
-
-LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
-
-
-def db(value, unit=""):
-    return "exact" if value is None else f"{value:.1f}{unit}"
-
-
-def shown(name, width=1000):
-    """A file's name without what would move a terminal's cursor, cut at the front where it is too long."""
-    name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
-    return name if len(name) <= width else f"...{name[3 - width:]}"
-
-
-def print_ledger(ledger, pictures):
-    print(f"\nWhere is the error born? SQNR in dB on {pictures} pictures, the lower the worse; born: this layer "
-          "quantized, all else FP32\nlayer   INT8 network  inherited     born: weights   biases  output's rounding   "
-          "born, at the logits  clipped   codes used")
-    for row in ledger:
-        figures = {kind: db(value) for kind, value in row["sqnr_db"].items()}
-        clipped = "stay FP32" if row["codes"] is None else f"{100 * row['clipped']:.3g} %"
-        used = "" if row["codes"] is None else f"{row['codes_used']} of {row['codes']}"
-        print("{:<7} {int8:>12}  {inherited:>9}  {born:>7}: {weights:>7}  {biases:>7}  {rounding:>17}   {logits:>19}  "
-              "{:<9} {}".format(row["name"], clipped, used, **figures) + "  <- hurts most" * row["hurts_most"])
-
-
-def print_ranges(sources, pictures, curve, compared):
-    print(f"\nWhere do the ranges come from? 99.9 %: no more than that, of the values of {pictures} pictures\n"
-          "place      range     99.9 %  range / that  set by picture")
-    for row in sources:
-        times = row["range"] / max(row["percentile999"], SMALLEST)
-        print(f"{row['place']:<6} {row['range']:>9.5g}  {row['percentile999']:>9.4g}  {times:>12.1f}  "
-              f"{row['number']:>6} {shown(row['file'])}")
-    print("\nHow many calibration pictures are enough? Ranges in % of the last; INT8 against FP32 "
-          f"on {compared}\npictures {' '.join(f'{place:>6}' for place in PLACES)}   same class  logit SQNR")
-    for row in curve:
-        ranges = " ".join(f"{100 * row['ranges'][place]:>6.1f}" for place in PLACES)
-        print(f"{row['pictures']:>8} {ranges}   {100 * row['agreement']:>8.2f} % {db(row['sqnr_db'], ' dB'):>11}")
-    last = curve[-1]["pictures"]
-    settled = max((i + 1 for i, row in enumerate(curve) if not row["as_last"]), default=0)      # the row from which
-    classes = (f"between {curve[-2]['pictures']} and {last} a class still changed" if 0 < settled == len(curve) - 1 else
-               f"from {curve[settled]['pictures']} on no class changes")
-    print(f"after picture {max(row['number'] for row in sources)} of {last} no range grows; {classes}")
-
-
-def print_sweep(sweep):
-    print("\nHow many bits?\nBIT    Top-1    same class  logit SQNR  bytes      seconds")
-    for row in sweep:
-        print(f"{row['bit']:<5} {row['top1']:>6.2f} %    {100 * row['agreement']:>6.2f} %  "
-              f"{db(row['sqnr_db'], ' dB'):>10}  {row['size_bytes']:<9,}  {row['seconds']:.2f}")
+        scale_out = "FP32" if row["scale_out"] is None else f"{row['scale_out']:.5g}"
+        scales = f"{low:.5g} .. {high:.5g}" if high > low else f"{low:.5g}"
+        print(f"{row['name']:<6} {shape:<16} {row['range']:<11.5g} {row['scale_in']:<10.5g} "
+              f"{scale_out:<10} {scales:<19} {row['accumulator_bits']:>16}")
 
 
 def print_summary(report):
-    n = report["images"]["evaluated"]
-    print("\nSummary\nseconds: " + ", ".join(f"{stage} {taken:.2f}" for stage, taken in report["seconds"].items()))
-    for name in ("fp32", "int8") if report["fp32"] else ("int8",):
-        row = report[name]
-        print(f"{name.upper()} Top1: {row['top1']:.3f} % ({row['correct']} of {n}), 95 % interval "
-              f"{row['interval95'][0]:.1f} to {row['interval95'][1]:.1f} %, {row['ms_per_image']:.2f} ms a picture, "
-              f"{report['size_bytes'][name]:,} bytes of parameters, packed")
-    left_out = f"{len(report['skipped'])} files left out"
-    if report["fp32"]:
-        print(f"agreement {100 * report['agreement']:.2f} %, logit SQNR {db(report['logit_sqnr_db'], ' dB')}, INT8 "
-              f"{report['speedup']:.1f} times as fast; {len(report['flips'])} of {n} pictures changed their class; "
-              + left_out)
-        for name in ("fp32", "int8"):
-            (cats, cats_as_dogs), (dogs_as_cats, dogs) = report["confusion"][name]
-            print(f"{name.upper()}: {cats + cats_as_dogs} cats, {cats_as_dogs} of them called dogs; "
-                  f"{dogs + dogs_as_cats} dogs, {dogs_as_cats} called cats")
-        print(verdict(report))
-    else:
-        print(left_out)
+    """The figures of a report, in lines of at most 100 characters."""
+    pictures, name = report["images"]["evaluated"], name_of(report["recipe"])
+    networks = (("FP32", report["fp32"]), (name, report["int8"]))
+    print("\nSummary     Top1               right     95 % interval   ms a picture   bytes of file")
+    for label, row in networks:
+        low, high = row["interval95"]
+        right, interval = f"{row['correct']:,} of {pictures:,}", f"{low:.1f} to {high:.1f} %"
+        print(f"{label:<7}{row['top1']:>8.3f} %{right:>20}{interval:>18}"
+              f"{row['ms_per_image']:>15.2f}{row['file_bytes']:>16,}")
+    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
+          f"{db(report['logit_sqnr_db'])}, {name} {report['speedup']:.1f} times as fast")
+    if name != "INT8":
+        print("Fewer bits than 8 make a smaller file; they make nothing faster.")
+    for label, row in networks:
+        (cats, cats_as_dogs), (dogs_as_cats, dogs) = row["confusion"]
+        print(f"{label}: {cats + cats_as_dogs} cats, {cats_as_dogs} of them called dogs; "
+              f"{dogs + dogs_as_cats} dogs, {dogs_as_cats} called cats")
+    test = report["mcnemar"]
+    verdict = "that can be chance" if test["p"] >= 0.05 else "more than chance"
+    print(f"{name} corrects {test['gained']} and spoils {test['lost']} of FP32's answers: "
+          f"{verdict} (McNemar's exact test, p = {test['p']:.2g})")
+    print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
+          "were left out")
     for flip in report["flips"][:LISTED]:
-        logits = [f"cat {cat:.3f} dog {dog:.3f}" for cat, dog in (flip["fp32_logits"], flip["int8_logits"])]
-        print(f"  {shown(flip['file'])} ({flip['label']}): FP32 {logits[0]}, margin {flip['fp32_margin']:.3f} -> "
-              f"INT8 {logits[1]}, for the {'better' if flip['better'] else 'worse'}")
+        effect = "better" if flip["better"] else "worse"
+        (cat, dog), (cat8, dog8) = flip["fp32_logits"], flip["int8_logits"]
+        print(f"  {shown(flip['file'], 60)} ({flip['label']}), for the {effect}\n"
+              f"    FP32 cat {cat:.3f} dog {dog:.3f}, margin {flip['fp32_margin']:.3f}; "
+              f"{name} cat {cat8:.3f} dog {dog8:.3f}")
     for row in report["skipped"][:LISTED]:
-        print(f"  left out {shown(row['file'])}: {row['reason']}")
-    hidden = max(0, len(report["flips"]) - LISTED) + max(0, len(report["skipped"]) - LISTED)
-    if hidden:
-        print(f"  ... and {hidden} more in report.json")
-
-
-def verdict(report):
-    """In words: is the difference between the two accuracies more than chance?"""
-    test, (fp32, int8) = report["mcnemar"], (report[name]["interval95"] for name in ("fp32", "int8"))
-    overlap = "overlap" if fp32[0] <= int8[1] and int8[0] <= fp32[1] else "do not overlap"
-    return (f"INT8 corrects {test['gained']} and spoils {test['lost']} of FP32's answers: "
-            f"{'no ' if test['p'] >= 0.05 else ''}more than chance (exact McNemar test, p = {test['p']:.2g}); the two "
-            f"95 % intervals, which do not know that the pictures are the same, {overlap}")
-
-
-BLUE, SKY, ORANGE, RED, GREEN, PINK, GRAY = "#0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7 #555555".split()
-SHOWN = 8           # pictures in report.png
-
-
-def draw_report(report, histograms, fp32, int8, folder):
-    """The bytes of report.png. histograms: as error_ledger returns them; fp32, int8: Outcomes on the folder's pictures.
-
-    The colours are those of Okabe and Ito, which the colour-blind can tell apart.
-    """
-    from matplotlib.figure import Figure        # here and not above: it takes a third of a second that only a run needs
-
-    def axes_of(where, title, **settings):
-        axes = figure.add_subplot(where)
-        axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-        axes.set(**settings)
-        axes.spines[["top", "right"]].set_visible(False)
-        return axes
-
-    def draw_activations(grid):
-        for i, (place, row) in enumerate(zip(PLACES, report["ledger"])):
-            counts = histograms[place].reshape(128, -1).sum(1).double()     # bars 64 to 95: from 0 to the range
-            share, edges = (counts / counts.sum()).numpy(), np.arange(129) / 32 - 2
-            lowest = -1.4 if place in ("fc1", "fc2") else 0
-            axes = axes_of(grid[i], place, yscale="log", xlim=(lowest, 1.4), ylim=(1e-8, 30))
-            axes.stairs(share, edges, fill=True, color=SKY if row["clipped"] is None else RED)
-            axes.stairs(share[32:96], edges[32:97], fill=True, color=SKY)
-            for edge in (lowest < 0) * [-1] + [1]:
-                axes.axvline(edge, color=RED, linestyle="--", ymax=0.85)
-            clipped = "stays FP32" if row["clipped"] is None else f"{100 * row['clipped']:.3g} % clipped"
-            axes.text(0.5, 0.98, clipped, transform=axes.transAxes, ha="center", va="top", fontsize=11, color=GRAY)
-            axes.set_yticks([1e-8, 1e-6, 1e-4, 1e-2, 1], [] if i else None)
-            axes.set_xlabel("value / largest kept" if i == 0 else "")
-
-    def draw_ranges(where):
-        axes, curve = axes_of(where, "Ranges, by calibration pictures", xscale="log", xlabel="pictures",
-                              ylabel="% of the last range", ylim=(0, 108)), report["calibration_curve"]
-        pictures = [row["pictures"] for row in curve]
-        for place, color, marker in zip(PLACES, (GRAY, BLUE, SKY, GREEN, ORANGE, RED, PINK), "xosD^vP"):
-            axes.plot(pictures, [100 * row["ranges"][place] for row in curve], color=color, marker=marker, label=place)
-        axes.plot(pictures, [100 * row["agreement"] for row in curve], "k:", linewidth=2.5, label="same class")
-        ticks = [count for count in pictures if len(pictures) < 9 or str(count)[0] == "1"]
-        ticks = [count for count in ticks if 1.9 * count < pictures[-1]] + pictures[-1:]
-        axes.set_xticks(ticks, ticks)
-        axes.minorticks_off()
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10, frameon=False)
-
-    def draw_ledger(where):
-        axes = axes_of(where, "Where the error is born, in % of the signal")
-        kinds = [("inherited", SKY, "inherited from the input"), ("born", BLUE, "born in the layer"),
-                 ("logits", ORANGE, "what that does to the logits")]
-        percent = lambda row, kind: 0 if row["sqnr_db"][kind] is None else 100 * 10**(-row["sqnr_db"][kind] / 20)
-        for i, (kind, color, label) in enumerate(kinds):
-            axes.bar(np.arange(len(PLACES)) + 0.27 * (i - 1), [percent(row, kind) for row in report["ledger"]], 0.25,
-                     color=color, label=label)
-        top = max(percent(row, kind) for row in report["ledger"] for kind, _, _ in kinds) or 1
-        axes.set_ylim(0, 1.95 * top)
-        for i, row in enumerate(report["ledger"]):
-            if row["hurts_most"]:
-                axes.annotate("hurts most", (i + 0.27, percent(row, "logits")), (i + 0.27, 1.15 * top), ha="center",
-                              fontsize=11, color=RED, fontweight="bold", arrowprops={"arrowstyle": "->", "color": RED})
-        axes.set_xticks(range(len(PLACES)), [row["name"] for row in report["ledger"]])
-        axes.legend(loc="upper left", fontsize=10, frameon=False)
-
-    def draw_bits(grid):
-        bits = [row["bit"] for row in report["sweep_bits"]]
-        axes = axes_of(grid[0], "Accuracy and size, by bits", ylabel="Top-1, %", ylim=(0, 108), xlim=(8.6, 1.4))
-        axes.axhline(fp32.top1, color=GRAY, linestyle="--", label="FP32")
-        axes.plot(bits, [row["top1"] for row in report["sweep_bits"]], color=BLUE, marker="o", label="quantized")
-        axes.legend(loc="lower left", fontsize=10, frameon=False)
-        axes.set_xticks(bits, [])
-        axes = axes_of(grid[1], "", xlabel="bits", ylabel="KB", xlim=(8.6, 1.4))
-        bars = axes.bar(bits, [row["size_bytes"] / 1000 for row in report["sweep_bits"]], 0.6, color=ORANGE)
-        axes.bar_label(bars, fmt="%.0f", fontsize=10)
-        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
-        axes.set_xticks(bits)
-
-    def draw_pictures(grid):
-        margins = (fp32.logits[:, 0] - fp32.logits[:, 1]).abs().numpy()
-        changed = (fp32.classes != int8.classes).numpy()
-        order = np.lexsort((np.where(changed, -margins, margins), ~changed))        # changed first, the surest first
-        for cell, i in zip(grid, order[:SHOWN]):
-            axes, pixels = figure.add_subplot(cell), decode_or_reason(folder / fp32.files[i])
-            axes.imshow(np.full((1, 1, 3), 200, np.uint8) if isinstance(pixels, str) else pixels)
-            axes.set_axis_off()
-            answers = [f"{CLASSES[classes]} by {(logits.max() - logits.min()).item():.3f}" for classes, logits in
-                       ((fp32.classes[i], fp32.logits[i]), (int8.classes[i], int8.logits[i]))]
-            name = fp32.files[i].encode("ascii", "backslashreplace").decode()      # the font knows few other letters
-            text = f"{shown(name, 15)} ({CLASSES[fp32.labels[i]]})\nFP32 {answers[0]}\nINT8 {answers[1]}"
-            axes.text(0.5, -0.04, text, fontsize=11, va="top", ha="center", transform=axes.transAxes, parse_math=False,
-                      color=RED if changed[i] else "black")
-
-    figure, n = Figure(figsize=(16, 9), dpi=120), report["images"]["evaluated"]
-    heading = dict(x=0.05, fontsize=13, fontweight="bold")
-    smaller = report["size_bytes"]["fp32"] / report["size_bytes"]["int8"]
-    figure.text(0.05, 0.96, f"INT8 answers {n - len(report['flips']):,} of {n:,} pictures as FP32; "
-                f"Top-1 {fp32.top1:.2f} -> {int8.top1:.2f} %; logit SQNR {db(report['logit_sqnr_db'], ' dB')}; "
-                f"{report['speedup']:.1f} x as fast, {smaller:.1f} x as small", fontsize=15)
-    figure.text(y=0.915, s="Activations: share of the FP32 values; beyond the dashed range they are clipped (HEADROOM "
-                "widens cv4's and fc1's)", **heading)
-    rows = figure.add_gridspec(3, 1, left=0.05, right=0.985, top=0.875, bottom=0.08, hspace=0.5,
-                               height_ratios=[1, 1.3, 0.8])
-    draw_activations(rows[0].subgridspec(1, len(PLACES), wspace=0.1))
-    middle = rows[1].subgridspec(1, 3 if "sweep_bits" in report else 2, wspace=0.5)
-    draw_ranges(middle[0])
-    draw_ledger(middle[1])
-    if "sweep_bits" in report:
-        draw_bits(middle[2].subgridspec(2, 1, height_ratios=[2, 1], hspace=0.12))
-    figure.text(y=0.26, s="Pictures that changed, in red, then those with the smallest FP32 margin" if report["flips"]
-                else "No picture changed; those with the smallest FP32 margin", **heading)
-    draw_pictures(rows[2].subgridspec(1, SHOWN, wspace=0.1))
-    file = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):
-        figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def print_pictures(pictures):
-    print(f"{pictures.folder}: {len(pictures)} pictures, {pictures.labels.count(0)} cat and "
-          f"{pictures.labels.count(1)} dog")
-
-
-def make_writable(folder):
-    """Make the folder; raise InputError now, not after the run, when 8 MB, more than a run writes, find no room."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"probe.{os.getpid()}.tmp"
-        try:
-            probe.write_bytes(bytes(2**23))
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write in {folder}: {error.strerror}; set OUTPUT_DIR") from None
-
-
-def stop(*_):
-    """What Ctrl-C does."""
-    raise SystemExit("stopped by Ctrl-C; files of earlier runs are as they were")
-
-
-class Stopwatch(dict):
-    """{stage: seconds}. `lap` ends a stage, which began where the one before it ended."""
-
-    def __init__(self):
-        self.began = time.perf_counter()
-
-    def lap(self, stage):
-        self.began, began = time.perf_counter(), self.began
-        self[stage] = self.began - began
+        reason = printable(row["reason"])
+        if len(reason) > 96:
+            reason = f"{reason[:93]}..."
+        print(f"  {shown(row['file'], 98)}\n    {reason}")
+    if max(len(report["flips"]), len(report["skipped"])) > LISTED:
+        print(f"  (at most {LISTED} of a kind are shown here; all are in report.json)")
 
 
 # %% [markdown]
 # ## The run
+# Each step is a cell. First the constants, of which those that you changed are marked, and the
+# pictures' names: what they do not tell apart is left out and listed at the end.
 
 # %%
 if __name__ == "__main__":
-    # %% constants, device, version
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name may hold what a terminal cannot show
-    signal.signal(signal.SIGINT, stop)
-    watch = Stopwatch()
+    prepare_process()
     constants = check_constants()
-    make_writable(ROOT / OUTPUT_DIR)
+    recipe = current_recipe()
+    output = located(OUTPUT_DIR)
+    make_writable(output)
     print(f"device {DEVICE}, torch {torch.__version__}")
+    evaluation = calibration = CatDogDataset(located(DATA_DIR, EVALUATION_SPLIT))
+    if CALIBRATION_SPLIT != EVALUATION_SPLIT:
+        calibration = CatDogDataset(located(DATA_DIR, CALIBRATION_SPLIT))
+    print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
 
-    # %% pictures and labels
-    calibration = evaluation = CatDogDataset(ROOT / DATA_DIR / EVALUATION_SPLIT)
-    print_pictures(evaluation)
+# %% [markdown]
+# ### Load
+# The trained network. Four times `cnn`, `bn`, `relu`, `maxpool`; no ReLU between `fc1` and `fc2`.
 
-    # %% checkpoint and model; an INT8 checkpoint has the steps between here and the INT8 pass behind it
-    names, model = load_checkpoint(ROOT / CHECKPOINT)
-    print(f"pretrained_dict:\n dict_keys({names})")
-    quantizing, fp32, calibrated = isinstance(model, CNN_Model), None, None      # the two: Outcomes
-    print(model if quantizing else f"INT8 checkpoint, made with {model.recipe}, whatever the constants say")
-    watch.lap("list, load")
+# %%
+if __name__ == "__main__":
+    model = load_checkpoint(located(CHECKPOINT))
+    fp32_file = located(CHECKPOINT).read_bytes()
+    print(model)
 
-    # %% FP32 calibration: the observers see every picture
-    if quantizing:
-        if CALIBRATION_SPLIT != EVALUATION_SPLIT:
-            calibration = CatDogDataset(ROOT / DATA_DIR / CALIBRATION_SPLIT)
-            print_pictures(calibration)
-        print(f"calibrating on {calibration.folder}")
-        fp32 = calibrated = calibrate(model, calibration)
-        watch.lap("calibration pass")
-        for place in PLACES:
-            print(f"range_{place:<6} {getattr(model, f'range_{place}').max().item():.6g}")
-        if calibration is not evaluation:
-            print(f"evaluating on {evaluation.folder}")
-            fp32 = evaluate("FP32", model.fused(), evaluation)
-            watch.lap("FP32 pass")
+# %% [markdown]
+# ### Fold
+# A batch norm multiplies and adds, as the convolution before it does: one convolution can do both.
+# The logits must stay the same but for FP32's last digits.
 
-    # %% conv + batch-norm folding, and equalization: proven to keep the logits
-    pixels = sample(evaluation)
-    if quantizing:
-        folded = model.fused()
-        change = largest_change(model, folded, pixels)
-        print(f"folding changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
-        if EQUALIZE:
-            factors = [f"{place} {found.min():.2f} to {found.max():.2f}" for place, found in equalize(folded).items()]
-            change = largest_change(model, folded, pixels)
-            print(f"equalizing, channels times {', '.join(factors)}, changed a logit by at most {change:.3g}")
+# %%
+if __name__ == "__main__":
+    pixels = evaluation.first(SAMPLE)
+    folded = model.fused()
+    change = largest_change(model, folded, pixels)
+    print(f"folding changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
 
-    # %% scales, integer weights and biases
-    if quantizing:
-        calibration_pixels = sample(calibration)
-        int8_model = folded.cl_scale()
-        moved = refine(int8_model, folded, calibration_pixels)
-        if BIAS_CORRECTION:
-            print("bias correction moved a bias by at most "
-                  + ", ".join(f"{value:.3g} in {layer}" for layer, value in moved.items()))
-        watch.lap("quantization")
-    else:
-        int8_model = model
-    print_layers(layer_rows(int8_model))
+# %% [markdown]
+# ### Calibrate
+# The observers see every calibration picture. Each range printed is the largest of a place's
+# channels; one far above the others' would make coarse steps of its place.
 
-    # %% the two executors, compared
+# %%
+if __name__ == "__main__":
+    fp32 = calibrate(folded, calibration)
+    calibrated = len(fp32.files)
+    for place in PLACES:
+        print(f"range_{place:<6} {folded.range_at(place).max().item():.6g}")
+    if evaluation is not calibration:
+        fp32 = evaluate("FP32", folded, evaluation)
+
+# %% [markdown]
+# ### Quantize
+# Ranges become scales, weights and biases integers. In the table each layer has its scales, and the
+# bits that its largest possible sum takes of the 31 that int32 has.
+
+# %%
+if __name__ == "__main__":
+    fp32_model, int8_model = quantize_network(folded, calibration.first(SAMPLE), recipe)
+    change = largest_change(folded, fp32_model, pixels)
+    if EQUALIZE:
+        print(f"equalizing changed a logit by at most {change:.3g}")
+    layers = layer_rows(int8_model)
+    print_layers(layers)
+
+# %% [markdown]
+# ### Prove
+# The kernels are taken if every value that they give at every place, on these pictures, is the
+# definition's, unless INT8_ENGINE says otherwise. Then both networks are timed, in turns.
+
+# %%
+if __name__ == "__main__":
     exact = choose_engine(int8_model, pixels)
-    print(f"INT8 engine {int8_model.engine}: {exact['why']}; {exact['compared']:,} values of {len(pixels)} pictures "
-          f"compared, {exact['different']:,} differ")
-    ms = time_networks({"fp32": folded, "int8": int8_model} if quantizing else {"int8": int8_model}, pixels)
-    watch.lap("comparing, timing")
+    print(f"INT8 engine {int8_model.engine}: {exact['why']}")
+    print(f"{exact['compared']:,} values of {len(pixels)} pictures compared, "
+          f"{exact['different']:,} differ")
+    ms = time_networks({"fp32": folded, "int8": int8_model}, pixels[:BATCH_SIZE])
 
-    # %% INT8 inference
-    int8 = evaluate("INT8", int8_model, evaluation)
-    watch.lap("INT8 pass")
+# %% [markdown]
+# ### Evaluate
+# The same pictures on integers. Its Top-1 is counted alone.
 
-    # %% what the passes found
-    if quantizing and fp32.files != int8.files:
-        fp32, int8 = in_common(fp32, int8)
-    report = build_report(constants, len(calibrated.files) if quantizing else None,
-                          calibration.left_out() | evaluation.left_out(), fp32, int8, model, int8_model, exact, ms)
+# %%
+if __name__ == "__main__":
+    int8 = evaluate(name_of(recipe), int8_model, evaluation)
 
-    # %% what quantization did: the errors, the ranges, the bits
-    if quantizing:
-        report["ledger"], histograms = error_ledger(folded, int8_model, pixels)
-        print_ledger(report["ledger"], len(pixels))
-        report["ranges"] = range_sources(model, calibrated.files, calibration_pixels)
-        compared = sample(evaluation, 100)
-        report["calibration_curve"] = calibration_curve(model, int8_model, calibration_pixels, compared,
-                                                        fp32.logits[:len(compared)])
-        print_ranges(report["ranges"], len(calibration_pixels), report["calibration_curve"], len(compared))
-        watch.lap("ledger, ranges")
-        if SWEEP_BITS:
-            report["sweep_bits"] = sweep_bits(model, calibration_pixels, evaluation, fp32, int8_model.engine)
-            print_sweep(report["sweep_bits"])
-            watch.lap("bits")
-        picture = draw_report(report, histograms, fp32, int8, evaluation.folder)
-        watch.lap("drawing")
+# %% [markdown]
+# ### Compare
+# What counts is how many answers changed, and how close to a tie those were.
 
-    # %% what is kept: the INT8 network, the report and its picture
-    folder, report["seconds"] = ROOT / OUTPUT_DIR, watch
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # the three belong together
-    write_whole(folder / "report.json", text.encode())
-    if quantizing:
-        write_whole(folder / "report.png", picture)
-        save_checkpoint(int8_model, folder / "INT8_checkpoint.pth.tar")
-        kept = INT8_Model.load(folder / "INT8_checkpoint.pth.tar")
-        print(f"\nloaded back, the INT8 checkpoint changes a logit by {largest_change(int8_model, kept, pixels):g}")
-    else:
-        (folder / "report.png").unlink(missing_ok=True)         # of another run
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# %%
+if __name__ == "__main__":
+    checkpoint = int8_checkpoint(int8_model)
+    left_out = sorted((calibration.skipped | evaluation.skipped).items())
+    report = {
+        "constants": constants, "recipe": recipe, "torch": torch.__version__, "device": str(DEVICE),
+        "inputs": {"evaluation pictures": checksum(evaluation),
+                   "calibration pictures": checksum(calibration),
+                   "checkpoint": zlib.crc32(fp32_file)},
+        "images": {"evaluated": len(int8.files), "calibrated": calibrated},
+        "skipped": [{"file": file, "reason": reason} for file, reason in left_out],
+        "engine": int8_model.engine, "exact": exact, "layers": layers,
+        "speedup": ms["fp32"] / ms["int8"], **compare(fp32, int8)}
+    report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_file)}
+    report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(checkpoint)}
     print_summary(report)
-    print(f"wrote {folder}/report.json" + (", report.png and INT8_checkpoint.pth.tar" if quantizing else ""))
+    print_against(output / "report.json", report)
+
+# %% [markdown]
+# ### Keep
+# The INT8 network, loaded back to the same logits, and all figures.
+
+# %%
+if __name__ == "__main__":
+    report_json = (json.dumps(report, indent=1) + "\n").encode()
+    write_files(output, {"INT8_checkpoint.pth.tar": checkpoint, "report.json": report_json})
+    kept = INT8_Model.load(output / "INT8_checkpoint.pth.tar")
+    change = largest_change(int8_model, kept, pixels)
+    print(f"loaded back, the INT8 checkpoint changes a logit by {change:g}")
+    print(f"wrote {output}/INT8_checkpoint.pth.tar and report.json")

@@ -15,15 +15,21 @@ LAYERS = [("cnn1", "bn1", "input", "cv1"), ("cnn2", "bn2", "cv1", "cv2"), ("cnn3
 PLACES = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
 TINY = np.float32(1e-12)            # a range below it counts as this
 
-Recipe = namedtuple("Recipe", "bit per_channel unsigned bias_bit quantize_logits headroom")
+# bit: width of the integers at the places; weight_bit and bias_bit: of those of the weights and biases
+Recipe = namedtuple("Recipe", "bit weight_bit per_channel unsigned bias_bit quantize_logits headroom")
 
 
 def linear(x, w):
     """Valid convolution (n, c, h, w) * (o, c, kh, kw), or the product with a matrix (o, c), without bias."""
     if w.ndim == 2:
         return x.reshape(len(x), -1) @ w.T
-    windows = sliding_window_view(x, w.shape[2:], axis=(2, 3))                      # (n, c, h', w', kh, kw)
-    return np.moveaxis(np.tensordot(windows, w, axes=((1, 4, 5), (1, 2, 3))), 3, 1)
+    n, c, height, _ = x.shape
+    out, _, kh, kw = w.shape
+    lines = np.ascontiguousarray(np.moveaxis(x, 1, 3)).reshape(n, height, -1)       # channels beside each other
+    windows = sliding_window_view(lines, kw * c, axis=2)[:, :, ::c]                 # (n, h, w', kw * c)
+    kernels = w.transpose(2, 3, 1, 0).reshape(kh, kw * c, out)                      # one for each line of a window
+    y = sum(windows[:, i:i + height - kh + 1] @ kernels[i] for i in range(kh))
+    return np.moveaxis(y, 3, 1)
 
 
 def pool(x):
@@ -59,7 +65,9 @@ def forward(state, pixels):
 
 
 def ranges(places):
-    return {place: np.abs(values).max() for place, values in places.items()}
+    """{place: largest magnitude in each channel}."""
+    return {place: np.abs(np.moveaxis(values, 1, 0)).reshape(values.shape[1], -1).max(1)
+            for place, values in places.items()}
 
 
 def folded(state, layer, bn):
@@ -69,6 +77,11 @@ def folded(state, layer, bn):
         return w, b
     gain = state[f"{bn}.weight"] / np.sqrt(state[f"{bn}.running_var"].astype(np.float64) + 1e-5)
     return w * gain[:, None, None, None], (b - state[f"{bn}.running_mean"]) * gain + state[f"{bn}.bias"]
+
+
+def equalizing_factors(ranges):
+    """What each channel of a place is scaled up by, 4 at most, from the largest magnitude in each."""
+    return np.sqrt(ranges.max() / np.maximum(ranges, ranges.max() / 16))
 
 
 # Scales and integers
@@ -86,6 +99,7 @@ def limits(recipe, place):
 
 
 def scales(recipe, ranges):
+    """{place: scale} of {place: largest magnitude at it}."""
     room = {"cv4": recipe.headroom, "fc1": recipe.headroom}                     # what the fully connected layers read
     return {place: divide(limits(recipe, place)[1], np.maximum(np.float32(ranges[place] * room.get(place, 1)), TINY))
             for place in PLACES}
@@ -104,7 +118,7 @@ def notebook_weights(w, b, in_scale, bit):
 
 def mended_weights(w, b, in_scale, recipe):
     """One scale per output channel or per layer, no scale so large that the bias leaves int32."""
-    largest, largest_b = 2**(recipe.bit - 1) - 1, 2**(recipe.bias_bit - 1) - 1
+    largest, largest_b = 2**(recipe.weight_bit - 1) - 1, 2**(recipe.bias_bit - 1) - 1
     group = (len(w), -1) if recipe.per_channel else (1, -1)
     w_scale = divide(largest, np.maximum(np.abs(w).reshape(group).max(1), TINY))
     bias_range = np.abs(b).reshape(group).max(1) * in_scale
@@ -148,8 +162,9 @@ def int8_pass(recipe, pixels, scales, integers):
     return places, totals, x.astype(np.float32) / scales["fc2"]
 
 
-def largest_total(recipe, layer, integers):
-    """Bound on |sum + bias| of a layer: every input at its largest, every sign at its worst."""
+def largest_totals(recipe, layer, integers):
+    """Bound on |sum + bias| of a layer's outputs, (out,): every input at its largest, every sign at its worst."""
     source = next(row[2] for row in LAYERS if row[0] == layer)
     wq, bq, _ = integers[layer]
-    return int((np.abs(wq).reshape(len(wq), -1).sum(1) * limits(recipe, source)[1] + np.abs(bq)).max())
+    weights = np.abs(wq.astype(np.int64)).reshape(len(wq), -1).sum(1)
+    return weights * limits(recipe, source)[1] + np.abs(bq.astype(np.int64))

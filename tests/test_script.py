@@ -1,13 +1,18 @@
 """The script as its user meets it: a copy with edited constants is run, on good input and on bad."""
+import contextlib
+import copy
+import io
 import json
 import math
 import os
 import platform
 import re
+import runpy
 import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -21,6 +26,30 @@ import quantize_catdog
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "cat_dog" / "val"
+VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the INT8 kernels need a CPU with VNNI")
+
+
+def run_here(script):
+    """(exit status, stdout, stderr) of a script that is run in this process, from another folder: no time for imports.
+
+    Warnings count as stderr. What a run changes in its process is afterwards as it was.
+    """
+    out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    status = 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+        patch.chdir("/")
+        patch.setattr(sys, "excepthook", sys.__excepthook__)
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        patch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+                status = 1
+            for warning in warned:
+                print(warning.message, file=sys.stderr)
+    return status, *[stream.buffer.getvalue().decode() for stream in (out, err)]
 
 
 class Place:
@@ -28,6 +57,7 @@ class Place:
 
     def __init__(self, folder, pictures=6):
         self.folder, self.val, self.checkpoint = folder, folder / "cat_dog" / "val", folder / "BEST_checkpoint.pth.tar"
+        self.results = folder / "results"
         self.val.mkdir(parents=True)
         for i in range(pictures // 2):
             for kind in ("cat", "dog"):
@@ -46,7 +76,7 @@ class Place:
         return script
 
     def run(self, environment=None, **constants):
-        """Run the copy with these constants, and return (exit status, stdout, stderr)."""
+        """Run the copy with these constants in a process of its own, and return (exit status, stdout, stderr)."""
         script = self.edit(**constants)
         # from another folder: relative paths must be taken from the script's
         done = subprocess.run([sys.executable, script], cwd="/", capture_output=True, text=True, timeout=300,
@@ -54,19 +84,42 @@ class Place:
         return done.returncode, done.stdout, done.stderr
 
     def report(self, **constants):
-        status, out, err = self.run(**constants)
+        """(report.json, stdout) of a run in this process."""
+        status, out, err = run_here(self.edit(**constants))
         assert (status, err) == (0, ""), err
-        return json.loads((self.folder / "results" / "report.json").read_text()), out
+        return self.last_report(), out
+
+    def last_report(self):
+        return json.loads((self.results / "report.json").read_text())
 
     def refuse(self, *words, **constants):
         """The run must end with one line that holds the words, status 1, and no report."""
-        status, _, err = self.run(**constants)
-        assert status == 1
-        assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
-        for word in words:
-            assert word in err
-        results = self.folder / "results"
-        assert not results.is_dir() or not list(results.iterdir())
+        status, _, err = run_here(self.edit(**constants))
+        one_line(status, err, *words)
+        assert self.files() == {}
+
+    def files(self):
+        """{name: bytes or None} of what is in results/."""
+        if not self.results.is_dir():
+            return {}
+        return {file.name: file.read_bytes() if file.is_file() else None for file in self.results.iterdir()}
+
+
+def one_line(status, err, *words):
+    assert status == 1
+    assert len(err.strip().splitlines()) == 1 and err.strip().isprintable() and "Traceback" not in err, err
+    for word in words:
+        assert word in err
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For what is computed in this process: a second one gains little on so few pictures, and loses much where other
+    programs hold its core. Runs in processes of their own have all that they find."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -75,21 +128,45 @@ def place(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """(place, report, stdout) of a run as a user starts it, of the default recipe on six pictures."""
+    place = Place(tmp_path_factory.mktemp("usual"))
+    status, out, err = place.run(BATCH_SIZE=4)
+    assert (status, err) == (0, ""), err
+    return place, place.last_report(), out
+
+
+@pytest.fixture
+def rerun(place, usual):
+    """A place whose results/ is that of the run `usual`."""
+    shutil.copytree(usual[0].results, place.results)
+    return place
+
+
+@pytest.fixture(scope="module")
 def state():
     return torch.load(ROOT / "BEST_checkpoint.pth.tar", weights_only=True)["model"]
 
 
-def test_run_end_to_end(place, state):
+def loaded(state):
+    model = quantize_catdog.CNN_Model().eval()
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def test_run_end_to_end(usual, state):
     """Figures in report.json and on the terminal against the oracle's."""
-    report, out = place.report(BATCH_SIZE=4)
+    place, report, out = usual
     weights = {name: value.numpy() for name, value in state.items()}
     names = [f"{kind}.{i}.jpg" for i in range(3) for kind in ("cat", "dog")]
-    pixels = np.stack([np.asarray(Image.open(place.val / name).resize((224, 224))) for name in names]).transpose(0, 3, 1, 2)
-    fp32 = oracle.forward(weights, pixels)["fc2"]
+    pixels = np.stack([np.asarray(Image.open(place.val / name).resize((224, 224))) for name in names])
+    fp32 = oracle.forward(weights, pixels.transpose(0, 3, 1, 2))["fc2"]
     labels = np.array([0, 1] * 3)
     correct = int((fp32.argmax(1) == labels).sum())
+    confusion = [[int(((labels == label) & (fp32.argmax(1) == answer)).sum()) for answer in (0, 1)] for label in (0, 1)]
     assert report["fp32"]["correct"] == correct and report["fp32"]["top1"] == pytest.approx(100 * correct / 6)
-    lines = re.findall(r"(?m)^(FP32|INT8) Top1: ([\d.]+), 6 of 6 pictures, \d+ a second$", out)
+    assert report["fp32"]["confusion"] == confusion
+    lines = re.findall(r"(?m)^(FP32|INT8) Top1: ([\d.]+), 6 of 6 pictures$", out)
     assert [name for name, _ in lines] == ["FP32", "INT8"]
     assert float(lines[0][1]) == pytest.approx(100 * correct / 6, abs=1e-3)
     assert float(lines[1][1]) == pytest.approx(report["int8"]["top1"], abs=1e-3)    # INT8 counted alone
@@ -97,11 +174,30 @@ def test_run_end_to_end(place, state):
     assert report["constants"]["BATCH_SIZE"] == 4 and report["torch"] == torch.__version__
     assert [row["name"] for row in report["layers"]] == ["cnn1", "cnn2", "cnn3", "cnn4", "fc1", "fc2"]
     assert report["layers"][-1]["range"] == pytest.approx(np.abs(fp32).max(), rel=1e-4)
-    count = sum(value.size for name, value in weights.items() if not name.endswith("num_batches_tracked"))
-    assert report["size_bytes"]["fp32"] == 4 * count
-    assert 0.24 < report["size_bytes"]["int8"] / report["size_bytes"]["fp32"] < 0.26
     assert report["logit_sqnr_db"] > 15
     assert report["speedup"] == pytest.approx(report["fp32"]["ms_per_image"] / report["int8"]["ms_per_image"])
+
+
+def test_size_is_the_files(usual):
+    """What the report and the summary call the size is what the file has."""
+    place, report, out = usual
+    sizes = [place.checkpoint.stat().st_size, (place.results / "INT8_checkpoint.pth.tar").stat().st_size]
+    assert [report["fp32"]["file_bytes"], report["int8"]["file_bytes"]] == sizes
+    rows = re.findall(r"(?m)^(FP32|INT8) .* ([\d,]+)$", out)
+    assert rows == [("FP32", f"{sizes[0]:,}"), ("INT8", f"{sizes[1]:,}")]
+    assert 0.19 < sizes[1] / sizes[0] < 0.22
+
+
+def test_changed_constants_are_marked(usual):
+    """And no other. The defaults that they are held to are the values in the file."""
+    defaults = quantize_catdog.DEFAULTS | quantize_catdog.DEFAULT_RECIPE
+    assert {name: getattr(quantize_catdog, name) for name in defaults} == defaults
+    lines = [f"{name} = {value!r}" for name, value in (defaults | {"BATCH_SIZE": 4}).items()]
+    lines[lines.index("BATCH_SIZE = 4")] += "    # default: 5"
+    assert usual[2].splitlines()[:len(lines)] == lines
+    text = (ROOT / "quantize_catdog.py").read_text()
+    block = text[text.index("\n# what is run, on what\n"):text.index("\nROOT = ")]
+    assert re.findall(r"(?m)^([A-Z0-9_]+) = ", block) == list(defaults)             # and there is no other constant
 
 
 def test_wilson_interval():
@@ -116,62 +212,135 @@ def test_flips_agreement_and_sqnr():
     files, labels = ["cat.0.jpg", "dog.0.jpg", "cat.1.jpg", "dog.1.jpg"], torch.tensor([0, 1, 0, 1])
     fp32 = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0], [1.0, 2.0]])
     int8 = fp32 + torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    model = quantize_catdog.CNN_Model()
-    report = quantize_catdog.build_report({}, 4, {}, quantize_catdog.Outcome(files, labels, fp32),
-                                          quantize_catdog.Outcome(files, labels, int8), model, model.fused().cl_scale(), {},
-                                          {"fp32": 2.0, "int8": 0.5})
+    report = quantize_catdog.compare(quantize_catdog.Outcome(files, labels, fp32, 100.0),
+                                     quantize_catdog.Outcome(files, labels, int8, 75.0))
     assert report["flips"] == [{"file": "dog.0.jpg", "label": "dog", "better": False, "fp32_margin": 1.0,
                                 "fp32_logits": [0.0, 1.0], "int8_logits": [2.0, 1.0]}]
-    assert report["agreement"] == 0.75 and report["speedup"] == 4 and report["int8"]["correct"] == 3
+    assert report["agreement"] == 0.75 and report["fp32"]["correct"] == 4 and report["int8"]["correct"] == 3
+    assert report["fp32"]["confusion"] == [[2, 0], [0, 2]] and report["int8"]["confusion"] == [[2, 0], [1, 1]]
+    assert report["mcnemar"] == {"gained": 0, "lost": 1, "p": 1.0}
     assert report["logit_sqnr_db"] == pytest.approx(10 * math.log10((4 + 1 + 9 + 1 + 1 + 4) / 4))
 
+
+def test_time_is_the_median_of_turns(monkeypatch):
+    """Two networks that take 8 and 2 seconds for 4 pictures, but for a first time that takes longer."""
+    now, calls = [0.0], []
+
+    def network(name, seconds):
+        def run(pixels):
+            now[0] += seconds + 1000 * (name not in calls)
+            calls.append(name)
+            return pixels
+        return run
+    monkeypatch.setattr(quantize_catdog.time, "perf_counter", lambda: now[0])
+    networks = {"fp32": network("fp32", 8), "int8": network("int8", 2)}
+    assert quantize_catdog.time_networks(networks, torch.zeros(4, 3, 2, 2)) == {"fp32": 2000.0, "int8": 500.0}
+    assert calls == ["fp32", "int8"] * (len(calls) // 2) and len(calls) >= 10
+
+
+# the INT8 engine
 
 # values of a picture at all places: pixels, four convolutions' outputs, fc1, fc2
 VALUES = 3 * 224**2 + 16 * 220**2 + 32 * 106**2 + 16 * 51**2 + 8 * 23**2 + 512 + 2
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the INT8 kernels need a CPU with VNNI")
-def test_kernels_are_proven_and_taken(place):
-    report, out = place.report()
-    assert report["int8"]["engine"] == "onednn"
+@VNNI
+def test_kernels_are_proven_and_taken(usual):
+    _, report, out = usual
+    assert report["engine"] == "onednn"
     assert report["exact"]["compared"] == 6 * VALUES and report["exact"]["different"] == 0
-    assert f"INT8 engine onednn: its kernels agree with the reference; {6 * VALUES:,} values of 6 pictures" in out
+    assert ("INT8 engine onednn: its kernels agree with the reference\n"
+            f"{6 * VALUES:,} values of 6 pictures compared, 0 differ\n") in out
 
 
 def test_reference_can_be_forced(place):
-    report, _ = place.report(INT8_ENGINE="reference")
-    assert report["int8"]["engine"] == "reference" and report["exact"]["compared"] == 0
+    report, out = place.report(INT8_ENGINE="reference")
+    assert report["engine"] == "reference" and report["exact"]["compared"] == 0
+    assert "INT8 engine reference: forced by INT8_ENGINE\n" in out
+
+
+def quantized(state, **recipe):
+    """(INT8_Model, pixels): calibrated on one picture by the recipe in the constants, and that picture."""
+    folded = loaded(state).fused()
+    recipe = quantize_catdog.current_recipe() | recipe
+    pixels = quantize_catdog.to_tensor([quantize_catdog.decode(PICTURES / "cat.0.jpg", recipe["IMAGE_SIZE"])])
+    with torch.no_grad():
+        folded(pixels, folded.update_range)
+    return folded.cl_scale(recipe), pixels
+
+
+def proofs(paths):
+    """For each INT8 checkpoint and each INT8_ENGINE what `choose_engine` says, the engine, and the values' checksum."""
+    pixels, rows = quantize_catdog.CatDogDataset(PICTURES).first(4), []
+    for path in paths:
+        row = {}
+        for engine in ("reference", "onednn", "auto"):
+            quantize_catdog.INT8_ENGINE = engine
+            model = quantize_catdog.load_int8_checkpoint(path)
+            proof = quantize_catdog.choose_engine(model, pixels)
+            crc = 0
+            for values in quantize_catdog.values_at(model, pixels).values():
+                crc = zlib.crc32(values.contiguous().numpy().tobytes(), crc)
+            row[engine] = {**proof, "engine": model.engine, "crc": crc}
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def widths(tmp_path_factory, state):
+    """{WEIGHT_BIT: (INT8 checkpoint, checksum of the values that the reference makes here)}"""
+    found = {}
+    for bit in (8, 7):
+        path = tmp_path_factory.mktemp("widths") / "c.pth.tar"
+        path.write_bytes(quantize_catdog.int8_checkpoint(quantized(state, WEIGHT_BIT=bit)[0]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantize_catdog, "INT8_ENGINE", "auto")
+            found[bit] = path, proofs([path])[0]["reference"]["crc"]
+    assert found[8][1] != found[7][1]
+    return found
+
+
+def has(flag):
+    return Path("/proc/cpuinfo").exists() and flag in Path("/proc/cpuinfo").read_text().split()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone has CPUs that saturate")
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
-def test_kernels_that_saturate_are_noticed(place, isa):
-    """The answers are those of any other machine, by way of the reference."""
-    usual, _ = place.report(INT8_ENGINE="reference")
-    report, out = place.report(environment={"ONEDNN_MAX_CPU_ISA": isa})
-    assert report["int8"]["engine"] == "reference" and "16 bits" in report["exact"]["why"] in out
-    assert report["int8"]["correct"] == usual["int8"]["correct"]
-    forced, _ = place.report(environment={"ONEDNN_MAX_CPU_ISA": isa}, INT8_ENGINE="onednn")
-    assert forced["int8"]["engine"] == "onednn" and forced["exact"]["different"] > 0
+@pytest.mark.parametrize("isa, saturates", [
+    ("AVX2", True), ("AVX512_CORE", True),
+    pytest.param("AVX2_VNNI", False, marks=pytest.mark.skipif(not has("avx_vnni"), reason="no AVX2_VNNI here"))])
+def test_engine_on_other_processors(widths, isa, saturates):
+    """The same integers on each; 8-bit weights take the reference where kernels saturate, 7-bit ones never need it."""
+    paths = [str(path) for path, _ in widths.values()]
+    driver = f"import json, test_script\nprint(json.dumps(test_script.proofs({paths})))"
+    done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, check=True,
+                          env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    for (bit, (_, crc)), row in zip(widths.items(), json.loads(done.stdout)):
+        wrong = saturates and bit == 8
+        auto, forced = row["auto"], row["onednn"]
+        assert auto["engine"] == ("reference" if wrong else "onednn") and forced["engine"] == "onednn"
+        assert row["reference"]["crc"] == auto["crc"] == crc
+        assert (forced["crc"] != crc) == wrong
+        assert auto["compared"] == 4 * VALUES and (auto["different"] > 0) == (forced["different"] > 0) == wrong
+        assert ("16 bits" in auto["why"] and "WEIGHT_BIT = 7" in auto["why"]) == wrong
 
 
-def quantized(state):
-    model = quantize_catdog.CNN_Model().eval()
-    model.load_state_dict(state, strict=False)
-    model.observe(1)
-    pixels = torch.from_numpy(np.stack([quantize_catdog.decode(PICTURES / "cat.0.jpg")])).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        model(pixels)
-    return model.fused().cl_scale(), pixels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone has CPUs that saturate")
+def test_run_on_a_processor_that_saturates(place, usual):
+    """The answers are those of any other machine, by way of the reference, and the run says what would be faster."""
+    status, out, err = place.run(environment={"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    report = place.last_report()
+    assert (status, err, report["engine"]) == (0, "", "reference")
+    assert re.search(r"(?m)^INT8 engine reference: .*16 bits.*WEIGHT_BIT = 7", out)
+    assert report["int8"]["correct"] == usual[1]["int8"]["correct"]
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the INT8 kernels need a CPU with VNNI")
+@VNNI
 def test_a_single_different_value_is_noticed(monkeypatch, state):
     int8, pixels = quantized(state)
     kernel = quantize_catdog.kernel
 
-    def off_by_one(x, packed, dtype, relu):
-        out = kernel(x, packed, dtype, relu)
+    def off_by_one(*arguments):
+        out = kernel(*arguments)
         if out.shape[1:] == (8, 23, 23):                    # cnn4
             out[0, 0, 0, 0] += 1
         return out
@@ -190,7 +359,23 @@ def test_missing_kernels(monkeypatch, state):
     exact = quantize_catdog.choose_engine(int8, pixels)
     assert int8.engine == "reference" and "no INT8 kernels" in exact["why"] and exact["compared"] == 0
     monkeypatch.setattr(quantize_catdog, "INT8_ENGINE", "onednn")
-    with pytest.raises(SystemExit, match='INT8_ENGINE = "onednn".*set it to "auto"'):
+    with pytest.raises(quantize_catdog.InputError, match='INT8_ENGINE = "onednn".*set it to "auto"'):
+        quantize_catdog.choose_engine(int8, pixels)
+
+
+@VNNI
+@pytest.mark.parametrize("where, error", [
+    ("kernels_saturate", NameError), ("kernels_saturate", TypeError), ("pack", NameError), ("kernel", TypeError),
+    ("KernelLayer", AttributeError), ("KernelLayer", RuntimeError), ("ReferenceLayer", NotImplementedError),
+    ("ReferenceLayer", AttributeError)])
+def test_mistakes_of_our_own_are_no_missing_kernels(monkeypatch, state, where, error):
+    """Only what probes the kernels is guarded, and only against what torch raises where it has none."""
+    int8, pixels = quantized(state)
+
+    def mistaken(*_):
+        raise error("a mistake of our own")
+    monkeypatch.setattr(quantize_catdog, where, mistaken)
+    with pytest.raises(error, match="of our own"):
         quantize_catdog.choose_engine(int8, pixels)
 
 
@@ -203,7 +388,23 @@ def test_notebook_recipe_runs_from_edited_constants(place):
     assert all(row["scale_out"] == pytest.approx(127 / row["range"]) for row in rows)
 
 
-def test_calibration_and_evaluation_on_different_splits(place):
+def test_fewer_bits_have_their_own_name(place, usual):
+    """Throughout: INT8 are only the engine, the constant and the file. The file is smaller, nothing is faster."""
+    report, out = place.report(WEIGHT_BIT=4)
+    assert not re.search("INT8(?!_ENGINE|_checkpoint| engine| checkpoint)", out)
+    for line in (r"W4A8 Top1: [\d.]+, 6 of 6 pictures", r"W4A8 +[\d.]+ %.* 6 .*",
+                 r"same class .* W4A8 [\d.]+ times as fast", r"W4A8: 3 cats.*", r"W4A8 corrects.*",
+                 r"Fewer bits .*smaller file.* nothing faster\."):
+        assert re.search(rf"(?m)^{line}$", out), line
+    assert "WEIGHT_BIT = 4    # default: 8\n" in out and "Fewer bits" not in usual[2]
+    size = (place.results / "INT8_checkpoint.pth.tar").stat().st_size
+    assert report["int8"]["file_bytes"] == size < 0.75 * usual[1]["int8"]["file_bytes"]
+    names = {(8, 8): "INT8", (4, 8): "W4A8", (8, 4): "W8A4", (2, 2): "W2A2"}
+    for (weight_bit, bit), name in names.items():
+        assert quantize_catdog.name_of({"WEIGHT_BIT": weight_bit, "BIT": bit}) == name
+
+
+def test_calibration_and_evaluation_on_different_splits(place, usual):
     """Ranges come from the calibration pictures alone, accuracies from the evaluation pictures alone."""
     other = place.folder / "cat_dog" / "other"
     other.mkdir()
@@ -211,30 +412,54 @@ def test_calibration_and_evaluation_on_different_splits(place):
         shutil.copy(PICTURES / f"dog.{i}.jpg", other)
     both, out = place.report(EVALUATION_SPLIT="other")
     assert both["images"] == {"evaluated": 2, "calibrated": 6}
-    same, _ = place.report()
-    assert [row["range"] for row in both["layers"]] == [row["range"] for row in same["layers"]]
+    assert [row["range"] for row in both["layers"]] == [row["range"] for row in usual[1]["layers"]]
     assert re.findall(r"(?m)^FP32 Top1: .*, (\d) of \1 pictures", out) == ["6", "2"]       # calibrated, evaluated
+
+
+# pictures
+
+SIZE = (224, 224)
+
+
+def counted(monkeypatch):
+    """The names of the files that are decoded from now on."""
+    names, decode = [], quantize_catdog.decode
+
+    def count(path, size):
+        names.append(path.name)
+        return decode(path, size)
+    monkeypatch.setattr(quantize_catdog, "decode", count)
+    return names
 
 
 def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     """And memory stays bounded: what does not fit KEEP_BYTES is decoded again, to the same batches."""
     monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 60)
-    decoded = []
-    decode = quantize_catdog.decode
-    monkeypatch.setattr(quantize_catdog, "decode", lambda path: decoded.append(path.name) or decode(path))
+    decoded = counted(monkeypatch)
     pictures = quantize_catdog.CatDogDataset(Place(tmp_path, 80).val)
     first, second = list(pictures.batches()), list(pictures.batches())
-    assert len(decoded) == 80 and [len(batch.files) for batch in first] == [60, 20]
+    names = sum([files for _, _, files in first], [])
+    assert len(decoded) == 80 and [len(files) for _, _, files in first] == [60, 20]
     monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 7)     # edited between two passes: the pictures stay the same
-    assert sum([batch.files for batch in pictures.batches()], []) == sum([batch.files for batch in first], [])
+    assert sum([files for _, _, files in pictures.batches()], []) == names
     monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 60)
-    pictures = quantize_catdog.CatDogDataset(tmp_path / "cat_dog" / "val")
     monkeypatch.setattr(quantize_catdog, "KEEP_BYTES", 70 * 224 * 224 * 3)
+    pictures = quantize_catdog.CatDogDataset(tmp_path / "cat_dog" / "val")
     third, fourth = list(pictures.batches()), list(pictures.batches())
-    assert len(decoded) == 80 + 80 + 20 and len(pictures.kept) == 1
+    assert len(decoded) == 80 + 80 + 10 and len(pictures.kept) == 70
     for batches in (second, third, fourth):
-        assert [batch.files for batch in batches] == [batch.files for batch in first]
-        assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches, first))
+        assert [files for _, _, files in batches] == [files for _, _, files in first]
+        for (pixels, labels, _), (expected, expected_labels, _) in zip(batches, first):
+            assert torch.equal(pixels, expected) and torch.equal(labels, expected_labels)
+
+
+def test_pictures_that_were_looked_at_alone_are_decoded_once_too(monkeypatch):
+    """As the run does: the first 20 for the proofs, then all of them in each pass."""
+    decoded = counted(monkeypatch)
+    pictures = quantize_catdog.CatDogDataset(PICTURES)
+    pixels = pictures.first(20)
+    assert torch.equal(torch.cat([batch for batch, _, _ in pictures.batches()])[:20], pixels)
+    assert sorted(decoded) == sorted(pictures.files)
 
 
 @pytest.mark.parametrize("name, label", [
@@ -244,7 +469,6 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch):
     ("catss.jpg", None), ("5dog7.jpg", 1)])
 def test_label_from_name(name, label):
     assert quantize_catdog.label_of(name) == label
-
 
 
 def grey(value, size=(8, 6)):
@@ -267,10 +491,15 @@ def grey(value, size=(8, 6)):
         grey(200).convert("RGB")]), (50, 50, 50)),
 ])
 def test_odd_pictures_are_decoded_as_a_viewer_shows_them(tmp_path, kind, make, expected):
+    """Given as a path, and given as the picture that Pillow opens, which stays as it is."""
     make(tmp_path / kind)
-    pixels = quantize_catdog.decode(tmp_path / kind)
+    pixels = quantize_catdog.decode(tmp_path / kind, SIZE)
     assert pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - expected).max() <= (4 if kind.endswith("jpg") else 0)
+    with Image.open(tmp_path / kind) as image:
+        before = image.mode, image.size, image.tobytes()
+        assert np.array_equal(quantize_catdog.decode(image, SIZE), pixels)
+        assert (image.mode, image.size, image.tobytes()) == before
 
 
 def test_picture_is_turned_as_its_exif_says(tmp_path):
@@ -279,8 +508,33 @@ def test_picture_is_turned_as_its_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                        # to be turned a quarter clockwise: left becomes top
     image.save(tmp_path / "cat.png", exif=exif)
-    pixels = quantize_catdog.decode(tmp_path / "cat.png")
+    pixels = quantize_catdog.decode(tmp_path / "cat.png", SIZE)
     assert pixels[:60].min() > 200 and pixels[-60:].max() < 50
+    with Image.open(tmp_path / "cat.png") as image:
+        before = np.asarray(image)
+        assert np.array_equal(quantize_catdog.decode(image, SIZE), pixels)
+        assert np.array_equal(np.asarray(image), before)    # the caller's picture is not turned
+
+
+def test_picture_size_is_width_and_height():
+    pixels = quantize_catdog.decode(PICTURES / "cat.0.jpg", (227, 212))
+    with Image.open(PICTURES / "cat.0.jpg") as image:
+        assert pixels.shape == (212, 227, 3) and np.array_equal(pixels, np.asarray(image.resize((227, 212))))
+
+
+def test_mistakes_of_our_own_are_no_broken_pictures(monkeypatch):
+    """A name that does not exist, a size that is none: each comes out, and no file is left out because of it."""
+    pictures = quantize_catdog.CatDogDataset(PICTURES)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(quantize_catdog, "IMAGE_SIZE", None)
+        list(pictures.batches())
+    with monkeypatch.context() as patch, pytest.raises(NameError):
+        patch.delattr(quantize_catdog, "np")
+        list(pictures.batches())
+    with monkeypatch.context() as patch, pytest.raises(NameError):
+        patch.delattr(quantize_catdog, "decode")
+        list(pictures.batches())
+    assert pictures.skipped == {}
 
 
 def png_header_that_promises(width, height):
@@ -290,8 +544,7 @@ def png_header_that_promises(width, height):
         b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-def test_unusable_files_are_left_out_and_named(place):
-    good, _ = place.report()
+def test_unusable_files_are_left_out_and_named(place, usual):
     jpeg = (PICTURES / "cat.9.jpg").read_bytes()
     (place.val / "cat.9.jpg").write_bytes(jpeg[:len(jpeg) // 2])
     (place.val / "dog.9.jpg").write_text("no picture")
@@ -301,15 +554,31 @@ def test_unusable_files_are_left_out_and_named(place):
     (place.val / "cat-dog.jpg").write_bytes(jpeg)
     os.mkfifo(place.val / "cat.pipe.jpg")                   # to open it would wait for ever
     (place.val / "dog.link.jpg").symlink_to("nowhere")
-    report, out = place.report(BATCH_SIZE=1)                # a batch may lose all its pictures
+    (place.val / "dog.name.jpg").symlink_to("x" * 300)      # no file has so long a name
+    status, out, err = place.run(BATCH_SIZE=1)              # a batch may lose all its pictures
+    assert (status, err) == (0, ""), err
+    report = place.last_report()
     reasons = {row["file"]: row["reason"] for row in report["skipped"]}
-    assert set(reasons) == {f"val/{name}" for name in (
-        "cat.9.jpg", "dog.9.jpg", "cat.10.jpg", "dog.10.png", "bird.1.jpg", "cat-dog.jpg", "cat.pipe.jpg", "dog.link.jpg")}
-    assert "truncated" in reasons["val/cat.9.jpg"] and "neither" in reasons["val/bird.1.jpg"]
-    assert "8 files left out" in out and all(name in out for name in reasons)
+    assert set(reasons) == {str(place.val / name) for name in (
+        "cat.9.jpg", "dog.9.jpg", "cat.10.jpg", "dog.10.png", "bird.1.jpg", "cat-dog.jpg", "cat.pipe.jpg",
+        "dog.link.jpg", "dog.name.jpg")}
+    assert "truncated" in reasons[f"{place.val}/cat.9.jpg"] and "neither" in reasons[f"{place.val}/bird.1.jpg"]
+    assert "9 files were left out" in out
+    assert all(quantize_catdog.shown(name, 98) in out for name in reasons)
+    good = usual[1]
     assert report["images"]["evaluated"] == 6 and report["fp32"]["correct"] == good["fp32"]["correct"]
     for row, expected in zip(report["layers"], good["layers"]):
         assert row["range"] == pytest.approx(expected["range"], rel=1e-5)
+
+
+def test_two_folders_of_one_name_keep_their_left_out_files_apart(place):
+    for kind, words in (("a", "no picture"), ("b", "no picture either")):
+        shutil.copytree(place.val, place.folder / kind / "val")
+        (place.folder / kind / "val" / "cat.9.jpg").write_text(words)
+    report, out = place.report(DATA_DIR=".", CALIBRATION_SPLIT="a/val", EVALUATION_SPLIT="b/val")
+    expected = [str(place.folder / kind / "val" / "cat.9.jpg") for kind in ("a", "b")]
+    assert [row["file"] for row in report["skipped"]] == expected and "2 files were left out" in out
+    assert all(file in row["reason"] for file, row in zip(expected, report["skipped"]))
 
 
 def test_no_usable_picture(place):
@@ -321,48 +590,167 @@ def test_no_usable_picture(place):
     place.refuse("no usable picture", "cat_dog/val", "cat.0.jpg")
 
 
+def test_a_line_stays_one_line_whatever_a_file_is_called(place):
+    shutil.rmtree(place.val)
+    place.val.mkdir()
+    (place.val / "cat\n\x1b[2J0.jpg").write_text("no picture")
+    place.refuse("no usable picture", "cat_dog/val")
+
+
+# constants
+
 @pytest.mark.parametrize("name, value", [
-    ("BIT", 1), ("BIT", 9), ("BIT", 8.0), ("BIT", True), ("BIAS_BIT", 33), ("BIAS_BIT", 1), ("BATCH_SIZE", 0),
-    ("NUM_WORKERS", 0), ("SWEEP_BITS", 1), ("PER_CHANNEL", 1), ("UNSIGNED_RELU", "no"), ("QUANTIZE_LOGITS", None), ("INT8_ENGINE", "fast"), ("DATA_DIR", ""),
-    ("CHECKPOINT", 3), ("IMAGE_SIZE", (211, 224)), ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224),
-    ("IMAGE_SIZE", (224.0, 224))])
+    ("BIT", 1), ("BIT", 9), ("BIT", 8.0), ("BIT", True), ("WEIGHT_BIT", 1), ("WEIGHT_BIT", 9), ("WEIGHT_BIT", "8"),
+    ("BIAS_BIT", 33), ("BIAS_BIT", 1), ("BATCH_SIZE", 0), ("BATCH_SIZE", 4097), ("NUM_WORKERS", 0), ("PER_CHANNEL", 1),
+    ("UNSIGNED_RELU", "no"), ("QUANTIZE_LOGITS", None), ("HEADROOM", 0.5), ("HEADROOM", math.nan), ("HEADROOM", True),
+    ("INT8_ENGINE", "fast"), ("DATA_DIR", ""), ("OUTPUT_DIR", "a\0b"), ("CHECKPOINT", 3), ("IMAGE_SIZE", (211, 224)),
+    ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224), ("IMAGE_SIZE", (224.0, 224)), ("IMAGE_SIZE", (224,))])
 def test_illegal_constants(monkeypatch, name, value):
     monkeypatch.setattr(quantize_catdog, name, value)
-    with pytest.raises(SystemExit, match=rf"^{name} = .*quantize_catdog.py.*set it to"):
+    with pytest.raises(quantize_catdog.InputError, match=rf"^{name} = .*quantize_catdog.py.*set it to") as error:
+        quantize_catdog.check_constants()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", quantize_catdog.DEFAULTS | quantize_catdog.DEFAULT_RECIPE)
+def test_deleted_constants(monkeypatch, name):
+    monkeypatch.delattr(quantize_catdog, name)
+    with pytest.raises(quantize_catdog.InputError, match=rf"^{name} is missing in quantize_catdog.py: set it to .+$"):
         quantize_catdog.check_constants()
 
 
 def test_illegal_constant_ends_the_run(place):
-    place.refuse("BIT = 9", "2 to 8", BIT=9)
+    status, _, err = place.run(WEIGHT_BIT=9)
+    one_line(status, err, "WEIGHT_BIT = 9", "2 to 8")
+    assert place.files() == {}
 
 
-def test_largest_picture_size_runs(place):
+def test_misspelt_constant_ends_the_run(place):
+    script = place.edit()
+    script.write_text(script.read_text().replace("\nEQUALIZE = True", "\nEQUALISE = True"))
+    status, _, err = run_here(script)
+    one_line(status, err, "EQUALIZE is missing", "True or False")
+    assert place.files() == {}
+
+
+def test_home_folder(place, monkeypatch, usual):
+    home = place.folder / "home"
+    home.mkdir()
+    place.val.parent.rename(home / "pictures")
+    place.checkpoint.rename(home / "c.pth.tar")
+    monkeypatch.setenv("HOME", str(home))
+    status, out, err = run_here(place.edit(DATA_DIR="~/pictures", CHECKPOINT="~/c.pth.tar", OUTPUT_DIR="~/out"))
+    assert (status, err) == (0, "")
+    report = json.loads((home / "out" / "report.json").read_text())
+    assert report["layers"] == usual[1]["layers"] and report["constants"]["DATA_DIR"] == "~/pictures"
+    assert not (place.folder / "~").exists() and f"{home}/out/INT8_checkpoint.pth.tar" in out
+    assert quantize_catdog.located("a", "~/b") == home / "b"
+    assert quantize_catdog.located("a", "b~") == ROOT / "a" / "b~"
+
+
+def test_largest_picture_size_runs_and_is_kept(place):
+    """In the INT8 checkpoint too: `predict` brings each picture to this size."""
     report, _ = place.report(IMAGE_SIZE=(227, 212))
     assert report["constants"]["IMAGE_SIZE"] == [227, 212] and report["images"]["evaluated"] == 6
+    model = quantize_catdog.INT8_Model.load(place.results / "INT8_checkpoint.pth.tar")
+    assert model.recipe["IMAGE_SIZE"] == (227, 212)
+    with Image.open(PICTURES / "cat.0.jpg") as image:
+        large, small = [np.asarray(image.resize(size)) for size in ((227, 212), (224, 224))]
+    with torch.no_grad():
+        expected, other = [model(quantize_catdog.to_tensor([pixels]))[0].tolist() for pixels in (large, small)]
+    assert model.predict(PICTURES / "cat.0.jpg")[1] == expected != other
 
+
+# results
 
 def test_output_folder_that_cannot_be_written(place):
     (place.folder / "file").write_text("")
     place.refuse("OUTPUT_DIR", "file", OUTPUT_DIR="file/results")
 
 
+@contextlib.contextmanager
+def nobody():
+    """Root may look into every folder; for a while the tests that root runs are somebody else's."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    else:
+        yield
+
+
+@pytest.mark.parametrize("use, words", [
+    (quantize_catdog.CatDogDataset, "DATA_DIR"), (quantize_catdog.load_checkpoint, "CHECKPOINT"),
+    (quantize_catdog.INT8_Model.load, "checkpoint"), (quantize_catdog.make_writable, "OUTPUT_DIR")])
+@pytest.mark.parametrize("path", ["closed/a/b", "file/a", "x" * 300, f"{'x' * 300}/a"], ids=lambda path: path[:8])
+def test_paths_that_cannot_be_looked_at(tmp_path, use, words, path):
+    """In a folder of somebody else's, below a file, of a name that is too long."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir(mode=0)
+    error = None
+    with nobody():
+        try:
+            use(tmp_path / path)
+        except quantize_catdog.InputError as found:
+            error = str(found)
+    assert error and words in error and str(tmp_path / path) in error and error.isprintable()
+
+
 def test_refused_write_leaves_nothing_behind(place):
-    (place.folder / "results" / "report.json").mkdir(parents=True)
-    status, _, err = place.run()
-    assert status == 1 and "cannot write" in err and len(err.splitlines()) == 1
-    assert {file.name for file in (place.folder / "results").iterdir()} == {"report.json"}
+    (place.results / "report.json").mkdir(parents=True)
+    status, _, err = run_here(place.edit())
+    one_line(status, err, "cannot write", "report.json")
+    assert set(place.files()) == {"report.json"}
+
+
+def test_files_of_others_stay(place):
+    """Whatever they are called: results/ may be a folder that holds more."""
+    place.results.mkdir()
+    others = {name: name.encode() for name in ("probe", "tmp", "report.png", "report.json.tmp")}
+    for name, content in others.items():
+        (place.results / name).write_bytes(content)
+    place.report()
+    found = place.files()
+    assert {name: found.get(name) for name in others} == others
+    assert set(found) == set(others) | {"report.json", "INT8_checkpoint.pth.tar"}
 
 
 def test_name_that_a_terminal_cannot_show(place):
     shutil.copy(PICTURES / "cat.0.jpg", place.val / "cat.\u732b.jpg")
     (place.val / "dog.\u732b.jpg").write_text("no picture")
-    report, out = place.report(environment={"PYTHONIOENCODING": "ascii"})
-    assert report["images"]["evaluated"] == 7 and report["skipped"][0]["file"] == "val/dog.\u732b.jpg"
+    status, out, err = place.run(environment={"PYTHONIOENCODING": "ascii"})
+    assert (status, err) == (0, "")
+    report = place.last_report()
+    assert report["images"]["evaluated"] == 7 and report["skipped"][0]["file"] == f"{place.val}/dog.\u732b.jpg"
     assert r"dog.\u732b.jpg" in out
 
 
-def test_pictures_that_come_and_go_during_the_run(tmp_path, monkeypatch, state):
-    """Where they are decoded twice, FP32 and INT8 answers are compared on the pictures that both have seen."""
+NAMES = ["x" * 300, "cat.0.jpg", "猫" * 200, "a\nb\r\x1b[2J" * 30, "\u202e" * 99, "\udcff" * 99, "cat\u0301" * 99,
+         " " * 500, "/".join(["folder"] * 60)]
+
+
+def test_summary_is_at_most_100_characters_wide(usual, capsys):
+    """With names of any length and kind, in lines that hold nothing but what can be printed."""
+    flips = [{"file": name, "label": "dog", "better": better, "fp32_margin": 12.345, "fp32_logits": [-12.345, 11.222],
+              "int8_logits": [11.222, -12.345]} for name in NAMES for better in (True, False)]
+    skipped = [{"file": f"/home/{name}", "reason": f"cannot be decoded: {name}"} for name in NAMES * 3]
+    recipe = usual[1]["recipe"] | {"WEIGHT_BIT": 7}
+    quantize_catdog.print_summary(usual[1] | {"flips": flips, "skipped": skipped, "recipe": recipe,
+                                              "images": {"evaluated": 123_456, "calibrated": 123_456}})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+    assert all(line.isprintable() for line in lines)
+    assert sum(" (dog), for the " in line for line in lines) == len(flips)
+    assert sum("margin 12.345" in line for line in lines) == len(flips)
+    assert len(lines) == 1 + 3 + 1 + 1 + 2 + 1 + 2 * len(flips) + 1 + 2 * quantize_catdog.LISTED + 1
+    assert "18 pictures changed their class, 27 files were left out" in lines
+    assert sum("..." in line for line in lines) >= 2 * 7 + quantize_catdog.LISTED
+
+
+def test_pictures_that_come_and_go_during_the_run(tmp_path, monkeypatch):
+    """Where they are decoded twice, FP32 and INT8 answers would be of other pictures: the run ends with one line."""
     monkeypatch.setattr(quantize_catdog, "KEEP_BYTES", 0)
     monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", 1)
     place = Place(tmp_path)
@@ -377,31 +765,147 @@ def test_pictures_that_come_and_go_during_the_run(tmp_path, monkeypatch, state):
     second = quantize_catdog.evaluate("FP32", model, pictures)
     names = ["cat.0.jpg", "dog.0.jpg", "cat.1.jpg", "dog.1.jpg", "cat.2.jpg", "dog.2.jpg"]
     assert first.files == names[:3] + names[4:] and second.files == names[:2] + names[3:]
-    for kept, whole in zip(quantize_catdog.in_common(first, second), (first, second)):
-        assert kept.files == names[:2] + names[4:] and kept.labels.tolist() == [0, 1, 0, 1]
-        assert torch.equal(kept.logits, whole.logits[[whole.files.index(name) for name in kept.files]])
-    assert set(pictures.left_out()) == {"val/cat.1.jpg", "val/dog.1.jpg"}
-    with pytest.raises(SystemExit, match="came or went"):
-        quantize_catdog.in_common(first._replace(files=["a"] * 5), second)
+    assert first.labels.tolist() == [0, 1, 0, 0, 1] and second.labels.tolist() == [0, 1, 1, 0, 1]
+    assert set(pictures.skipped) == {f"{place.val}/cat.1.jpg", f"{place.val}/dog.1.jpg"}
+    for fp32, int8 in ((first, second), (first, first._replace(files=["a"] * 5))):
+        with pytest.raises(quantize_catdog.InputError, match="^pictures came or went.*run it again$"):
+            quantize_catdog.compare(fp32, int8)
+    assert quantize_catdog.compare(first, first)["agreement"] == 1
 
 
-def test_earlier_report_survives_a_refused_run(place):
-    place.report()
-    before = (place.folder / "results" / "report.json").read_bytes()
-    place.checkpoint.unlink()
-    status, _, _ = place.run()
-    assert status == 1 and (place.folder / "results" / "report.json").read_bytes() == before
-    assert {file.name for file in (place.folder / "results").iterdir()} == {"report.json", "INT8_checkpoint.pth.tar",
-                                                                            "report.png"}
+def test_picture_that_goes_between_the_passes_ends_the_run(rerun):
+    """In the run itself: a picture that is not kept in memory is deleted when the first pass has been printed."""
+    script, before = rerun.edit(KEEP_BYTES=0), rerun.files()
+    before_step, mark, step = script.read_text().partition("# ### Quantize\n")
+    script.write_text(f"{before_step}\nos.remove({str(rerun.val / 'cat.1.jpg')!r})\n{mark}{step}")
+    status, _, err = run_here(script)
+    one_line(status, err, "pictures came or went")
+    assert rerun.files() == before
+
+
+def test_earlier_results_survive_a_refused_run(rerun):
+    before = rerun.files()
+    rerun.checkpoint.unlink()
+    status, _, err = run_here(rerun.edit())
+    one_line(status, err, "no checkpoint")
+    assert rerun.files() == before and set(before) == {"report.json", "INT8_checkpoint.pth.tar"}
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2])
+def test_report_is_absent_while_the_checkpoint_changes(tmp_path, monkeypatch, stopped_at):
+    """Files that lie together are of one run, or there is no report."""
+    replace, calls = os.replace, []
+    for name in ("c", "report.json"):
+        (tmp_path / name).write_bytes(b"before")
+
+    def stop(source, target):
+        calls.append(target)
+        assert not (tmp_path / "report.json").exists()
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_catdog.write_files(tmp_path, {"c": b"after", "report.json": b"after"})
+    found = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert found == {"c": b"before" if stopped_at == 1 else b"after"}
+
+
+# against the run before
+
+def figures(before, after, name="INT8"):
+    """The line that says what an edit did, from two reports."""
+    def change(key):
+        return " -> ".join(f"{key(report):.1f}" for report in (before, after))
+    sqnr = " -> ".join(f"{report['logit_sqnr_db']:.1f} dB" for report in (before, after))
+    return (f"  {name} Top1 {change(lambda report: 100 * report['int8']['correct'] / 6)} %, same class "
+            f"{change(lambda report: 100 * report['agreement'])} %, logit SQNR {sqnr}\n")
+
+
+def test_a_first_run_has_none_before(usual):
+    assert "against the run before" not in usual[2]
+
+
+@pytest.mark.parametrize("constants, edits", [
+    ({}, "the same constants"), ({"EQUALIZE": False}, "EQUALIZE True -> False"),
+    ({"HEADROOM": 1, "WEIGHT_BIT": 3, "BATCH_SIZE": 5}, "BATCH_SIZE 4 -> 5, WEIGHT_BIT 8 -> 3, HEADROOM 2 -> 1")],
+    ids=str)
+def test_a_rerun_says_what_the_edit_did(rerun, usual, constants, edits):
+    report, out = rerun.report(**{"BATCH_SIZE": 4} | constants)
+    name = "W3A8" if "WEIGHT_BIT" in constants else "INT8"
+    assert f"\nagainst the run before: {edits}:\n" + figures(usual[1], report, name) in out
+    assert not constants or report["logit_sqnr_db"] != usual[1]["logit_sqnr_db"]
+
+
+@pytest.mark.parametrize("what", ["pictures", "evaluation pictures", "checkpoint"])
+def test_other_inputs_are_not_compared(rerun, state, what):
+    constants, edits, others = {"BATCH_SIZE": 4}, "the same constants", "other checkpoint"
+    if what == "checkpoint":
+        torch.save({"model": {**state, "fc2.bias": -state["fc2.bias"]}}, rerun.checkpoint)
+    elif what == "pictures":
+        shutil.copy(PICTURES / "cat.7.jpg", rerun.val / "cat.1.jpg")        # of the same name, but another size
+        others = "other evaluation pictures, other calibration pictures"
+    else:
+        rerun.val.with_name("other").mkdir()
+        shutil.copy(PICTURES / "cat.7.jpg", rerun.val.with_name("other"))
+        constants["EVALUATION_SPLIT"], edits = "other", "EVALUATION_SPLIT 'val' -> 'other'"
+        others = "other evaluation pictures"
+    _, out = rerun.report(**constants)
+    assert f"\nagainst the run before: {edits}:\n  {others}, so the figures cannot be compared\n" in out
+
+
+def without(*path):
+    """A function that makes of a report the text of one that lacks something."""
+    def change(report):
+        *outer, last = path
+        part = report = json.loads(json.dumps(report))
+        for key in outer:
+            part = part[key]
+        del part[last]
+        return json.dumps(report)
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    lambda report: "", lambda report: "{", lambda report: "null", lambda report: "3", lambda report: "[1, 2]",
+    lambda report: '{"a": 1}', lambda report: "[" * 100_000, lambda report: "\xff\xfe", lambda report: b"\xff\xfe\0",
+    without("inputs"), without("inputs", "checkpoint"), without("constants", "WEIGHT_BIT"),
+    without("int8", "top1"), without("agreement"),
+    lambda report: json.dumps(report | {"constants": {}}), lambda report: json.dumps(report | {"constants": []}),
+    lambda report: json.dumps(report | {"inputs": {}}), lambda report: json.dumps(report | {"agreement": "all"}),
+    lambda report: json.dumps(report | {"logit_sqnr_db": [1]}), lambda report: json.dumps(report | {"int8": None})],
+    ids=range(20))
+def test_damaged_foreign_and_old_reports_are_passed_over(tmp_path, usual, change):
+    """In one line, and the run goes on. Old: without what the reports of earlier versions lack."""
+    report = usual[1]
+    text = change(report)
+    path = tmp_path / "report.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        quantize_catdog.print_against(path, report)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 and str(path) in lines[0] and "nothing to compare with" in lines[0]
+
+
+@pytest.mark.parametrize("change", [
+    lambda report: "[]", without("constants", "WEIGHT_BIT"), without("inputs", "checkpoint")],
+    ids=["foreign", "old constants", "old inputs"])
+def test_run_beside_a_report_that_is_none(rerun, change):
+    (rerun.results / "report.json").write_text(change(rerun.last_report()))
+    report, out = rerun.report()
+    lines = [line for line in out.splitlines() if "nothing to compare with" in line]
+    assert len(lines) == 1 and "results/report.json" in lines[0] and "against the run before" not in out
+    assert report["images"]["evaluated"] == 6
 
 
 # the checkpoint: in this process, since each case needs only the loader
 
-def refused(path, *words):
+def refused(path, *words, load=quantize_catdog.load_checkpoint):
     with pytest.raises(quantize_catdog.InputError) as error:
-        quantize_catdog.load_checkpoint(path)
+        load(path)
     message = str(error.value)
-    assert isinstance(error.value, SystemExit) and "\n" not in message      # one line, and exit status 1
+    assert "\n" not in message                              # one line
     for word in (*words, str(path)):
         assert word in message
 
@@ -440,11 +944,9 @@ def test_wrong_weights(tmp_path, state, change, words):
     refused(tmp_path / "c.pth.tar", *words)
 
 
-def test_weights_that_overflow(tmp_path, state):
-    model = quantize_catdog.CNN_Model().eval()
-    model.load_state_dict({**state, "cnn1.weight": torch.full((16, 3, 5, 5), 1e38)}, strict=False)
-    with pytest.raises(SystemExit, match="values at cv1 overflow FP32"):
-        quantize_catdog.calibrate(model, quantize_catdog.CatDogDataset(Place(tmp_path).val))
+def test_weights_that_overflow(place, state):
+    torch.save({"model": {**state, "cnn1.weight": torch.full((16, 3, 5, 5), 1e38)}}, place.checkpoint)
+    place.refuse("values at cv1 overflow FP32")
 
 
 def test_evaluated_picture_that_overflows(place, state):
@@ -459,25 +961,26 @@ def test_evaluated_picture_that_overflows(place, state):
 def test_headroom_that_overflows(tmp_path, state):
     """FC1's largest value is a number of FP32, twice that is not."""
     pictures = quantize_catdog.CatDogDataset(Place(tmp_path).val)
-    model = quantize_catdog.CNN_Model().eval()
-    model.load_state_dict(state, strict=False)
-    quantize_catdog.calibrate(model, pictures)
-    factor = 2.5e38 / model.range_fc1.max()
+    folded = loaded(state).fused()
+    quantize_catdog.calibrate(folded, pictures)
+    factor = 2.5e38 / folded.range_fc1.max()
     changed = {name: state[name] * factor for name in ("fc1.weight", "fc1.bias")}
-    model.load_state_dict({**state, **changed, "fc2.weight": torch.zeros(2, 512)}, strict=False)
-    with pytest.raises(SystemExit, match="values at fc1 overflow FP32"):
-        quantize_catdog.calibrate(model, pictures)
+    folded = loaded({**state, **changed, "fc2.weight": torch.zeros(2, 512)}).fused()
+    quantize_catdog.calibrate(folded, pictures)
+    recipe = quantize_catdog.current_recipe()
+    assert folded.range_fc1.max().isfinite() and folded.cl_scale(recipe | {"HEADROOM": 1})
+    with pytest.raises(quantize_catdog.InputError, match="values at fc1 overflow FP32"):
+        folded.cl_scale(recipe)
 
 
 def test_calibrating_again_forgets_the_pictures_before(tmp_path, state):
     bright, dark = Place(tmp_path / "a"), Place(tmp_path / "b")
     for file in dark.val.iterdir():
         Image.new("RGB", (224, 224), (9, 9, 9)).save(file)
-    model = quantize_catdog.CNN_Model().eval()
-    model.load_state_dict(state, strict=False)
+    folded = loaded(state).fused()
     for place, largest in [(bright, 255), (dark, 9)]:
-        quantize_catdog.calibrate(model, quantize_catdog.CatDogDataset(place.val))
-        assert model.range_input.max() == largest
+        quantize_catdog.calibrate(folded, quantize_catdog.CatDogDataset(place.val))
+        assert folded.range_input.max() == largest
 
 
 def test_sample_is_of_good_pictures_at_any_batch_size(tmp_path, monkeypatch):
@@ -487,14 +990,15 @@ def test_sample_is_of_good_pictures_at_any_batch_size(tmp_path, monkeypatch):
     found = []
     for size in (1, 4, 7, 50):
         monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", size)
-        found.append(quantize_catdog.sample(quantize_catdog.CatDogDataset(place.val), 10))
+        found.append(quantize_catdog.CatDogDataset(place.val).first(10))
     assert all(len(pixels) == 10 and torch.equal(pixels, found[0]) for pixels in found)
 
 
+@pytest.mark.parametrize("load", [quantize_catdog.load_checkpoint, quantize_catdog.INT8_Model.load])
 @pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"model": None}, {"model": 3}, "text"])
-def test_file_without_a_model(tmp_path, saved):
+def test_file_without_a_model(tmp_path, saved, load):
     torch.save(saved, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", "model")
+    refused(tmp_path / "c.pth.tar", "model", load=load)
 
 
 def notebook_model(state):
@@ -504,13 +1008,19 @@ def notebook_model(state):
     CNN_Model.__module__, CNN_Model.__qualname__ = "__main__", "CNN_Model"
     sys.modules["__main__"].CNN_Model = CNN_Model
     model = CNN_Model()
-    source = quantize_catdog.CNN_Model()
-    source.load_state_dict(state, strict=False)
-    for name, part in source.named_children():
-        model.add_module(name, torch.nn.MaxPool2d(2) if name.startswith("maxpool") else part)
+    for name, part in loaded(state).named_children():
+        kind = type(part).__mro__[1] if type(part).__module__ == "quantize_catdog" else type(part)      # torch's own
+        model.add_module(name, torch.nn.MaxPool2d(2) if name.startswith("maxpool") else as_kind(part, kind))
     model.relu5, model.output = torch.nn.ReLU(), torch.nn.Softmax(dim=1)
     model.range_cv1, model.Quantization, model.bit = torch.tensor(1.0), False, 8
     return model
+
+
+def as_kind(part, kind):
+    """The same layer as an object of another class."""
+    other = kind.__new__(kind)
+    other.__dict__.update(part.__dict__)
+    return other
 
 
 @pytest.fixture
@@ -522,9 +1032,15 @@ def main_class():
 def test_notebooks_pickled_module_loads(tmp_path, state, main_class):
     torch.save({"model": notebook_model(state)}, tmp_path / "c.pth.tar")
     del sys.modules["__main__"].CNN_Model
-    _, model = quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar")
-    loaded = model.state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in state.items() if value.is_floating_point())
+    found = quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items() if value.is_floating_point())
+
+
+def test_pickled_module_of_the_script_loads(tmp_path, state):
+    """Its own classes, pickled under the name that they have where it is imported."""
+    torch.save({"model": loaded(state)}, tmp_path / "c.pth.tar")
+    found = quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items() if value.is_floating_point())
 
 
 def test_pickled_module_with_a_foreign_class_is_refused(tmp_path, state, main_class):
@@ -542,13 +1058,14 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("load", [quantize_catdog.load_checkpoint, quantize_catdog.INT8_Model.load])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("where", ["model", "beside"])
-def test_hostile_pickle_is_refused_without_running_it(tmp_path, state, where, zipped):
+def test_hostile_pickle_is_refused_without_running_it(tmp_path, state, where, zipped, load):
     hostile = Hostile(tmp_path / "executed")
     saved = {"model": hostile} if where == "model" else {"model": state, "note": hostile}
     torch.save(saved, tmp_path / "c.pth.tar", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "c.pth.tar", "mkdir" if zipped else "damaged")
+    refused(tmp_path / "c.pth.tar", "mkdir" if zipped else "damaged", load=load)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(FileExistsError):                    # the pickle does what the test thinks it does
         (tmp_path / "executed").mkdir()
@@ -561,79 +1078,100 @@ KEYS = [f"scale_{place}" for place in oracle.PLACES] + [
     f"{layer}.{key}" for layer, *_ in oracle.LAYERS for key in ("weight", "bias", "w_scale")]
 
 
-def test_int8_checkpoint_holds_what_was_run(place):
-    report, out = place.report()
-    path = place.folder / "results" / "INT8_checkpoint.pth.tar"
+def test_int8_checkpoint_holds_what_was_run(usual):
+    place, report, out = usual
+    path = place.results / "INT8_checkpoint.pth.tar"
     saved = torch.load(path, weights_only=True)         # tensors and plain values only, or this raises
     assert set(saved) == {"model", "recipe"} and list(saved["model"]) == KEYS
     assert json.loads(json.dumps(saved["recipe"])) == report["recipe"]
-    assert report["recipe"] == {name: report["constants"][name] for name in quantize_catdog.RECIPE}
+    assert report["recipe"] == {name: report["constants"][name] for name in quantize_catdog.DEFAULT_RECIPE}
     dtypes = {"weight": torch.int8, "bias": torch.int32}
     assert all(value.dtype == dtypes.get(name.split(".")[-1], torch.float32) for name, value in saved["model"].items())
-    assert 0.25 <= path.stat().st_size / place.checkpoint.stat().st_size < 0.26
     assert "loaded back, the INT8 checkpoint changes a logit by 0\n" in out
     rows = {row["name"]: row for row in report["layers"]}
     assert rows["cnn3"]["scale_in"] == saved["model"]["scale_cv2"].item()
     assert rows["cnn3"]["weight_scale"] == saved["model"]["cnn3.w_scale"].tolist()
+    assert set(place.files()) == {"report.json", "INT8_checkpoint.pth.tar"}
+    again = quantize_catdog.int8_checkpoint(quantize_catdog.load_int8_checkpoint(path))
+    assert again == path.read_bytes()                   # nor is there a time in it
 
-    # alone: no calibration pictures, other constants, the same answers
-    shutil.copy(path, place.folder / "kept.pth.tar")
-    assert (place.folder / "results" / "report.png").exists()
-    alone, out = place.report(CHECKPOINT="kept.pth.tar", CALIBRATION_SPLIT="nowhere", BIT=4, PER_CHANNEL=False)
-    assert not (place.folder / "results" / "report.png").exists()              # it would be another run's
-    assert "FP32 Top1" not in out and alone["fp32"] is alone["agreement"] is alone["speedup"] is None
-    assert alone["images"] == {"evaluated": 6, "calibrated": None} and alone["recipe"] == report["recipe"]
-    assert alone["layers"] == report["layers"] and alone["size_bytes"]["int8"] == report["size_bytes"]["int8"]
-    assert alone["int8"]["correct"] == report["int8"]["correct"]
-    assert alone["int8"]["engine"] == report["int8"]["engine"] and alone["exact"] == report["exact"]
+
+def test_int8_checkpoint_alone_gives_the_same_answers(rerun, usual):
+    """Three lines of Python do it: no FP32 weights, no calibration, whatever the constants say."""
+    report, path = usual[1], rerun.results / "INT8_checkpoint.pth.tar"
+    rerun.edit(BIT=4, WEIGHT_BIT=4, PER_CHANNEL=False, CALIBRATION_SPLIT="nowhere", CHECKPOINT="nowhere")
+    done = subprocess.run([sys.executable, "-c", """from quantize_catdog import CatDogDataset, INT8_Model, evaluate
+model = INT8_Model.load("results/INT8_checkpoint.pth.tar")
+evaluate("INT8", model, CatDogDataset("cat_dog/val"))"""], cwd=rerun.folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"INT8 Top1: {report['int8']['top1']:.3f}, 6 of 6 pictures\n"
+    model = quantize_catdog.INT8_Model.load(path)
+    outcome = quantize_catdog.evaluate("INT8", model, quantize_catdog.CatDogDataset(rerun.val))
+    assert quantize_catdog.accuracy_of(outcome)["confusion"] == report["int8"]["confusion"]
+    assert json.loads(json.dumps(model.recipe)) == report["recipe"] and model.engine == report["engine"]
+    assert quantize_catdog.layer_rows(model) == report["layers"]
+
+
+def test_int8_checkpoint_is_refused_as_fp32_weights(rerun):
+    before = rerun.files()
+    status, _, err = run_here(rerun.edit(CHECKPOINT="results/INT8_checkpoint.pth.tar"))
+    one_line(status, err, "results/INT8_checkpoint.pth.tar", "INT8 network", "set CHECKPOINT to FP32 weights",
+             "INT8_Model.load")
+    assert rerun.files() == before
 
 
 RECIPES = {"default": {}, "notebook's": dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True),
-           "5 bits": dict(BIT=5, BIAS_BIT=20)}
+           "5 bits": dict(BIT=5, WEIGHT_BIT=5, BIAS_BIT=20), "W4A8": dict(WEIGHT_BIT=4),
+           "wide": dict(IMAGE_SIZE=(227, 212))}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def kept(request, tmp_path_factory, state):
-    """(INT8_Model, pixels, its checkpoint), for several recipes; `expected`: logits while the recipe was in the constants."""
+    """(INT8_Model, pixels, its checkpoint), for several recipes; `expected`: logits before it was saved."""
     path = tmp_path_factory.mktemp("kept") / "INT8_checkpoint.pth.tar"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in RECIPES[request.param].items():
-            patch.setattr(quantize_catdog, name, value)
-        int8, pixels = quantized(state)
-        with torch.no_grad():
-            int8.expected = int8(pixels)
-    quantize_catdog.save_checkpoint(int8, path)
+    int8, pixels = quantized(state, **RECIPES[request.param])
+    with torch.no_grad():
+        int8.expected = int8(pixels)
+    path.write_bytes(quantize_catdog.int8_checkpoint(int8))
     return int8, pixels, path
 
 
-def test_int8_checkpoint_loads_to_the_same_logits(kept, capfd):
+def test_int8_checkpoint_loads_to_the_same_logits(kept, capfd, monkeypatch):
     """Whatever the constants say when it is loaded."""
     int8, pixels, path = kept
-    loaded = quantize_catdog.INT8_Model.load(path)
-    expected, found = int8.state_dict(), loaded.state_dict()
-    assert list(found) == KEYS
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+    for name, value in dict(BIT=3, WEIGHT_BIT=2, IMAGE_SIZE=(220, 220), PER_CHANNEL=False, BIAS_BIT=9).items():
+        monkeypatch.setattr(quantize_catdog, name, value)
+    found = quantize_catdog.INT8_Model.load(path)
+    assert list(found.state_dict()) == KEYS and found.recipe == int8.recipe
+    for name, value in int8.state_dict().items():
+        assert found.state_dict()[name].dtype == value.dtype and torch.equal(found.state_dict()[name], value)
     with torch.no_grad():
-        assert torch.equal(loaded(pixels), int8.expected) and torch.equal(int8(pixels), int8.expected)
+        assert torch.equal(found(pixels), int8.expected) and torch.equal(int8(pixels), int8.expected)
+    answer = found.predict(PICTURES / "cat.0.jpg")
+    assert answer == (("cat", "dog")[int8.expected[0].argmax()], int8.expected[0].tolist())
     assert [file.name for file in path.parent.iterdir()] == [path.name] and capfd.readouterr().out == ""
 
 
-def test_three_lines_classify_a_picture(kept):
-    int8, pixels, path = kept
-    done = subprocess.run([sys.executable, "-c", f"""from quantize_catdog import INT8_Model
-model = INT8_Model.load({str(path)!r})
-print(model.predict({str(PICTURES / "cat.0.jpg")!r}))"""], cwd=ROOT, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("bits", [8, 5])
+def test_checkpoint_of_an_earlier_version(tmp_path, state, monkeypatch, bits):
+    """Its recipe has neither IMAGE_SIZE nor WEIGHT_BIT: 224 x 224, and BIT is the width of both. The answers stay."""
+    int8, pixels = quantized(state, BIT=bits, WEIGHT_BIT=bits)
+    recipe = {name: value for name, value in int8.recipe.items() if name not in ("IMAGE_SIZE", "WEIGHT_BIT")}
+    path = tmp_path / "c.pth.tar"
+    torch.save({"recipe": recipe, "model": int8.state_dict()}, path)
+    monkeypatch.setattr(quantize_catdog, "IMAGE_SIZE", (227, 212))
+    monkeypatch.setattr(quantize_catdog, "WEIGHT_BIT", 2)
+    old = quantize_catdog.INT8_Model.load(path)
+    assert old.recipe == int8.recipe and old.recipe["WEIGHT_BIT"] == bits and old.recipe["IMAGE_SIZE"] == (224, 224)
     with torch.no_grad():
-        logits = int8(pixels)[0]
-    assert done.stdout == f"{(('cat', 'dog')[logits.argmax()], logits.tolist())}\n"
+        assert old.predict(PICTURES / "cat.0.jpg")[1] == int8(pixels)[0].tolist()
+    int8.cnn3.weight.view(-1)[-1] = -128 if bits == 8 else 2**(bits - 1)
+    torch.save({"recipe": recipe, "model": int8.state_dict()}, path)
+    refused(path, "cnn3.weight", f"beyond {2**(bits - 1) - 1}", load=quantize_catdog.INT8_Model.load)
 
 
-def test_predicting_a_broken_picture(kept, tmp_path):
-    (tmp_path / "cat.jpg").write_bytes(b"no picture")
-    for name in ("cat.jpg", "none.jpg"):
-        with pytest.raises(SystemExit, match=rf"{name} cannot be decoded"):
-            quantize_catdog.INT8_Model.load(kept[2]).predict(tmp_path / name)
+def change_tensor(name, value):
+    return lambda saved: saved["model"].update({name: value})
 
 
 def change_scale(name, value):
@@ -643,10 +1181,10 @@ def change_scale(name, value):
 @pytest.mark.parametrize("change, words", [
     (lambda saved: saved["model"].pop("cnn2.bias"), ["cnn2.bias", "missing"]),
     (lambda saved: saved["model"].pop("scale_fc2"), ["scale_fc2", "missing"]),
-    (lambda saved: saved["model"].update({"cnn1.weight": torch.zeros(16, 3, 5, 5)}), ["cnn1.weight", "float32", "int8"]),
-    (lambda saved: saved["model"].update({"cnn1.bias": torch.zeros(16, dtype=torch.int64)}), ["cnn1.bias", "int64", "int32"]),
-    (lambda saved: saved["model"].update({"fc2.weight": torch.zeros(2, 5, dtype=torch.int8)}), ["fc2.weight", "(2, 512)"]),
-    (lambda saved: saved["model"].update({"cnn1.w_scale": torch.ones(3)}), ["cnn1.w_scale", "(3,)"]),
+    (change_tensor("cnn1.weight", torch.zeros(16, 3, 5, 5)), ["cnn1.weight", "float32", "int8"]),
+    (change_tensor("cnn1.bias", torch.zeros(16, dtype=torch.int64)), ["cnn1.bias", "int64", "int32"]),
+    (change_tensor("fc2.weight", torch.zeros(2, 5, dtype=torch.int8)), ["fc2.weight", "(2, 512)"]),
+    (change_tensor("cnn1.w_scale", torch.ones(3)), ["cnn1.w_scale", "(3,)"]),
     (lambda saved: saved["model"]["cnn1.weight"].fill_(-128), ["cnn1.weight", "beyond"]),
     (change_scale("scale_cv1", 0), ["scale_cv1", "not positive"]),
     (change_scale("fc1.w_scale", -1), ["fc1.w_scale", "not positive"]),
@@ -654,51 +1192,201 @@ def change_scale(name, value):
     (change_scale("scale_fc1", 1e-45), ["overflow", "fc2"]),
     (change_scale("scale_fc1", 1e-38), ["overflow", "fc2"]),
     (change_scale("cnn2.w_scale", 1e-38), ["overflow", "cnn2"]),
-    (lambda saved: saved["recipe"].pop("BIT"), ["damaged"]),
+    (lambda saved: saved["recipe"].pop("BIT"), ["recipe", "BIT in its recipe is not ", "2 to 8"]),
+    (lambda saved: saved["recipe"].pop("PER_CHANNEL"), ["recipe", "PER_CHANNEL in its recipe is not "]),
     (lambda saved: saved["recipe"].update(BIT=9), ["recipe", "BIT", "2 to 8"]),
+    (lambda saved: saved["recipe"].update(WEIGHT_BIT=9), ["recipe", "WEIGHT_BIT", "2 to 8"]),
+    (lambda saved: saved["recipe"].update(IMAGE_SIZE=(9000, 224)), ["recipe", "IMAGE_SIZE", "212 to 227"]),
+    (lambda saved: saved["recipe"].update(IMAGE_SIZE=(224,)), ["recipe", "IMAGE_SIZE", "212 to 227"]),
+    (lambda saved: saved["recipe"].update(IMAGE_SIZE="224"), ["recipe", "IMAGE_SIZE", "212 to 227"]),
     (lambda saved: saved["recipe"].update(PER_CHANNEL="yes"), ["recipe", "PER_CHANNEL", "True or False"]),
-    (lambda saved: saved.update(recipe=[8]), ["damaged"]),
+    (lambda saved: saved["recipe"].update(HEADROOM=math.inf), ["recipe", "HEADROOM", "1 to 16"]),
+    (lambda saved: saved.update(recipe=[8]), ["no recipe", "INT8_checkpoint.pth.tar of a run"]),
+    (lambda saved: saved.pop("recipe"), ["no recipe", "INT8_checkpoint.pth.tar of a run"]),
     (lambda saved: saved.pop("model"), ["damaged"]),
 ])
 def test_wrong_int8_checkpoint(kept, tmp_path, change, words):
     saved = torch.load(kept[2], weights_only=True)
     change(saved)
     torch.save(saved, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", *words)
+    refused(tmp_path / "c.pth.tar", *words, load=quantize_catdog.INT8_Model.load)
 
 
-@pytest.mark.parametrize("constant, width, name", [("BIT", 5, "cnn3.weight"), ("BIAS_BIT", 20, "fc1.bias")])
-def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, monkeypatch, state, constant, width, name):
-    monkeypatch.setattr(quantize_catdog, constant, width)
-    int8, _ = quantized(state)
+@pytest.mark.parametrize("constant, width, name", [("WEIGHT_BIT", 5, "cnn3.weight"), ("BIAS_BIT", 20, "fc1.bias")])
+def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, state, constant, width, name):
+    int8, _ = quantized(state, **{constant: width})
     int8.state_dict()[name].view(-1)[-1] = 2**(width - 1)
-    quantize_catdog.save_checkpoint(int8, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", name, f"beyond {2**(width - 1) - 1}")
+    (tmp_path / "c.pth.tar").write_bytes(quantize_catdog.int8_checkpoint(int8))
+    refused(tmp_path / "c.pth.tar", name, f"beyond {2**(width - 1) - 1}", load=quantize_catdog.INT8_Model.load)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
 def test_truncated_int8_checkpoint(kept, tmp_path, keep):
     data = kept[2].read_bytes()
     (tmp_path / "c.pth.tar").write_bytes(data[:keep if isinstance(keep, int) else int(len(data) * keep)])
-    refused(tmp_path / "c.pth.tar", "damaged")
+    refused(tmp_path / "c.pth.tar", "damaged", load=quantize_catdog.INT8_Model.load)
 
 
 def test_fp32_checkpoint_is_no_int8_model():
-    with pytest.raises(quantize_catdog.InputError, match="holds FP32 weights.*INT8_checkpoint.pth.tar"):
-        quantize_catdog.INT8_Model.load(ROOT / "BEST_checkpoint.pth.tar")
+    refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
+            load=quantize_catdog.INT8_Model.load)
 
 
 def test_hostile_int8_checkpoint_is_refused_without_running_it(kept, tmp_path):
     saved = torch.load(kept[2], weights_only=True)
     saved["recipe"]["BIT"] = Hostile(tmp_path / "executed")
     torch.save(saved, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", "mkdir")
+    refused(tmp_path / "c.pth.tar", "mkdir", load=quantize_catdog.INT8_Model.load)
     assert not (tmp_path / "executed").exists()
+
+
+# as a module
+
+@pytest.fixture(scope="module")
+def model(usual):
+    return quantize_catdog.INT8_Model.load(usual[0].results / "INT8_checkpoint.pth.tar")
+
+
+def test_three_lines_classify_a_picture(usual, model):
+    done = subprocess.run([sys.executable, "-c", f"""from quantize_catdog import INT8_Model
+model = INT8_Model.load({str(usual[0].results / "INT8_checkpoint.pth.tar")!r})
+print(model.predict({str(PICTURES / "cat.0.jpg")!r}))"""], cwd=ROOT, capture_output=True, text=True, check=True)
+    with Image.open(PICTURES / "cat.0.jpg") as image, torch.no_grad():
+        logits = model(quantize_catdog.to_tensor([np.asarray(image.resize((224, 224)))]))[0]
+    assert done.stdout == f"{(('cat', 'dog')[logits.argmax()], logits.tolist())}\n"
+
+
+def test_predict_takes_what_holds_a_picture(model):
+    """A path, a Pillow picture, an array; or a list of them all, in one pass that answers the same."""
+    files = [PICTURES / name for name in ("cat.0.jpg", "dog.0.jpg", "cat.1.jpg", "dog.1.jpg")]
+    images = [Image.open(file) for file in files]
+    arrays = [np.asarray(image) for image in images]
+    with torch.no_grad():
+        pixels = [np.asarray(image.resize((224, 224))) for image in images]
+        logits = [model(quantize_catdog.to_tensor([each]))[0] for each in pixels]
+    expected = [(("cat", "dog")[row.argmax()], row.tolist()) for row in logits]
+    assert len({name for name, _ in expected}) == 2 and len({tuple(row) for _, row in expected}) == 4
+    passes = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    try:
+        for file, image, array, answer in zip(files, images, arrays, expected):
+            for picture in (file, str(file), image, array, array[::-1][::-1]):
+                assert model.predict(picture) == answer
+        assert passes == [1] * 20
+        mixed = [files[0], arrays[1], images[2], str(files[3]), images[0]]
+        assert model.predict(mixed) == expected + expected[:1]
+        assert passes == [1] * 20 + [5]
+        assert model.predict(files[:1]) == expected[:1]     # a list of one is a list
+        assert model.predict([]) == [] and len(passes) == 22
+    finally:
+        handle.remove()
+    assert [np.array_equal(np.asarray(image), array) for image, array in zip(images, arrays)] == [True] * 4
+
+
+@pytest.mark.parametrize("picture", [
+    *[np.zeros(shape, np.uint8) for shape in ((9, 9), (9, 9, 4), (9, 9, 1), (3, 9, 9), (1, 9, 9, 3), (3,), (),
+                                              (0, 9, 3), (9, 0, 3))],
+    *[np.zeros((9, 9, 3), dtype) for dtype in (np.float64, np.int8, bool)], None, 3, ("cat.0.jpg",)],
+    ids=lambda picture: f"{picture.dtype}{picture.shape}" if isinstance(picture, np.ndarray) else str(picture))
+def test_predict_refuses_what_is_no_picture(model, picture):
+    with pytest.raises(quantize_catdog.InputError, match="^picture 0 ") as error:
+        model.predict(picture)
+    assert "\n" not in str(error.value)
+    with pytest.raises(quantize_catdog.InputError, match="^picture 1 "):
+        model.predict([PICTURES / "cat.0.jpg", picture])
+
+
+def test_loop_over_pictures_lives_on_at_broken_ones(model, tmp_path):
+    """`except Exception` is what programs write; nothing but InputError comes."""
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "half.jpg").write_bytes((PICTURES / "cat.0.jpg").read_bytes()[:2000])
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    bad = {"broken.jpg": "cannot be decoded", "half.jpg": "truncated", "folder.jpg": "is no file",
+           "pipe.jpg": "is no file", "none.jpg": "cannot be decoded: FileNotFoundError"}
+    answers, errors = [], []
+    for file in [PICTURES / "cat.0.jpg", *[tmp_path / name for name in bad], PICTURES / "dog.0.jpg"]:
+        try:
+            answers.append(model.predict(file))
+        except Exception as error:
+            errors.append(error)
+    assert answers == model.predict([PICTURES / "cat.0.jpg", PICTURES / "dog.0.jpg"])
+    for error, (name, words) in zip(errors, bad.items(), strict=True):
+        assert isinstance(error, quantize_catdog.InputError) and str(error).startswith(f"{tmp_path / name} ")
+        assert words in str(error) and "\n" not in str(error)
+    with pytest.raises(quantize_catdog.InputError, match="half.jpg cannot be decoded"):
+        model.predict([PICTURES / "cat.0.jpg", str(tmp_path / "half.jpg")])
+
+
+def test_copy_of_a_model_is_another(model):
+    """It answers the same, and its weights are its own, also in what is prepared from them."""
+    picture = PICTURES / "cat.0.jpg"
+    answer, other = model.predict(picture), copy.deepcopy(model)
+    assert other.engine == model.engine and other.predict(picture) == answer
+    other.cnn1.weight.zero_()
+    assert other.predict(picture) != answer == model.predict(picture)
+
+
+def test_model_that_was_loaded_in_inference_mode(usual, model):
+    """As programs do that only answer."""
+    with torch.inference_mode():
+        other = quantize_catdog.INT8_Model.load(usual[0].results / "INT8_checkpoint.pth.tar")
+        assert other.predict(PICTURES / "cat.0.jpg") == model.predict(PICTURES / "cat.0.jpg")
+    assert other.predict(PICTURES / "dog.0.jpg") == model.predict(PICTURES / "dog.0.jpg")
+
+
+IMPORTING = """
+import ctypes, os, random, signal, sys, threading, warnings
+import numpy, torch, torchnet.meter
+from PIL import Image
+
+os.chdir("/")
+sys.excepthook = lambda *error: None
+signal.signal(signal.SIGUSR1, lambda *_: None)
+Image.MAX_IMAGE_PIXELS = 12345
+asked, load = [], ctypes.CDLL
+
+
+def library(*names, **options):
+    asked.append(names)
+    return load(*names, **options)
+
+
+ctypes.CDLL = library       # the way to glibc's allocator
+
+
+def process():
+    return {
+        "warnings": repr(warnings.filters), "pixels": Image.MAX_IMAGE_PIXELS, "libraries": list(asked),
+        "allow_tf32": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32,
+        "stdout": [sys.stdout.errors, sys.stdout.line_buffering], "path": list(sys.path),
+        "excepthook": sys.excepthook, "hooks": [sys.displayhook, sys.unraisablehook],
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()], "folder": os.getcwd(),
+        "environment": dict(os.environ), "threads": [threading.active_count(), torch.get_num_threads()],
+        "torch": [torch.get_default_dtype(), torch.is_grad_enabled(), torch.serialization.get_safe_globals()],
+        "random": [random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()]}
+
+
+before = process()
+import quantize_catdog
+imported = process()
+assert imported == before, {name for name in before if imported[name] != before[name]}
+quantize_catdog.prepare_process()
+print(*sorted(name for name, value in process().items() if value != before[name]))
+"""
+
+
+def test_importing_changes_nothing_in_the_process():
+    """Nor does it print. What the run changes is in one function."""
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    changed = ["allow_tf32", *["libraries"] * (sys.platform == "linux"), "pixels", "stdout", "warnings"]
+    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(changed) + "\n", "")
 
 
 # closer to FP32
 
-def test_the_methods_pay(tmp_path):
+def test_the_methods_pay(tmp_path, state):
     """On the trained network and pictures that did not calibrate: without any, with the strongest, with all."""
     place = Place(tmp_path, 40)
     other = place.folder / "cat_dog" / "other"
@@ -706,23 +1394,33 @@ def test_the_methods_pay(tmp_path):
     for file in PICTURES.iterdir():
         if int(file.name.split(".")[1]) >= 20:
             shutil.copy(file, other)
+    calibration, evaluation = [quantize_catdog.CatDogDataset(folder) for folder in (place.val, other)]
+    folded = loaded(state).fused()
+    quantize_catdog.calibrate(folded, calibration)
+    fp32 = quantize_catdog.evaluate("FP32", folded, evaluation)
     off = dict(HEADROOM=1, EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False)
     sqnr = {}
     for name in ("none", "HEADROOM", "all"):
         constants = {} if name == "all" else {key: value for key, value in off.items() if key != name}
-        report, out = place.report(EVALUATION_SPLIT="other", **constants)
-        sqnr[name] = report["logit_sqnr_db"]
-        assert ("equalizing, channels" in out) == ("bias correction moved" in out) == (name == "all")
+        recipe = quantize_catdog.current_recipe() | constants
+        fp32_model, int8 = quantize_catdog.quantize_network(folded, calibration.first(quantize_catdog.SAMPLE), recipe)
+        sqnr[name] = quantize_catdog.compare(fp32, quantize_catdog.evaluate("INT8", int8, evaluation))["logit_sqnr_db"]
+        nearest = fp32_model.cl_scale(recipe)
+        assert (fp32_model is not folded) == (name == "all")                        # equalized
+        for key in ("cnn1.weight", "fc2.bias"):                                     # by GPTQ, by bias correction
+            assert torch.equal(int8.state_dict()[key], nearest.state_dict()[key]) == (name != "all")
     assert sqnr["none"] + 0.5 < sqnr["HEADROOM"] and sqnr["none"] + 3 < sqnr["all"]
 
 
 # accuracy
 
 def test_accuracy_on_the_drawings(tmp_path):
+    """The run as it is shipped, no constant edited."""
     place = Place(tmp_path, 100)
-    report, _ = place.report()
+    report, out = place.report()
     assert report["images"]["evaluated"] == 100
     assert 95 <= report["fp32"]["top1"] <= 99.9
+    assert "# default:" not in out
 
 
 @pytest.mark.skipif("CATDOG_PHOTOS" not in os.environ, reason="CATDOG_PHOTOS names no folder with train/ and val/")
@@ -733,7 +1431,8 @@ def test_accuracy_on_photographs(tmp_path):
     (place.folder / "train100").mkdir()
     for name in sorted(os.listdir(photos / "train"), key=lambda name: int(name.split(".")[1]))[:100]:
         shutil.copy(photos / "train" / name, place.folder / "train100")
-    report, _ = place.report(DATA_DIR=".", CALIBRATION_SPLIT="train100", EVALUATION_SPLIT=str(photos / "val"), BATCH_SIZE=20)
+    report, _ = place.report(DATA_DIR=".", CALIBRATION_SPLIT="train100", EVALUATION_SPLIT=str(photos / "val"),
+                             BATCH_SIZE=20)
     assert report["fp32"]["top1"] >= 89
     assert abs(report["fp32"]["top1"] - report["int8"]["top1"]) <= 0.3 + 1e-9
     assert report["agreement"] >= 0.99 and report["logit_sqnr_db"] >= 30

@@ -1,0 +1,72 @@
+"""What the summary says of two networks' answers: what changed, whether it is more than chance, names of any kind."""
+import pytest
+import torch
+
+import quantize_catdog as script
+from test_arithmetic import one_thread      # noqa: F401, a fixture
+from test_script import Place
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """(report, stdout) of a run on six pictures and 30 files that are none."""
+    place = Place(tmp_path_factory.mktemp("crowded"))
+    for i in range(30):
+        (place.val / f"bird.{i}.jpg").write_bytes(b"")
+    return place.report()
+
+
+@pytest.mark.parametrize("gained, lost, p", [(0, 0, 1), (0, 1, 1), (5, 5, 1), (1, 9, 0.021484375), (9, 1, 0.021484375),
+                                             (0, 10, 0.001953125), (3, 8, 0.2265625)])
+def test_mcnemar(gained, lost, p):
+    """Tails of the binomial distribution, by hand: (1, 9) is 2 * (1 + 10) / 1024."""
+    assert script.mcnemar(gained, lost) == p
+
+
+def test_mcnemar_of_very_many():
+    assert 0 < script.mcnemar(3000, 3300) < 0.001 < 0.1 < script.mcnemar(3000, 3050) < 1
+
+
+def test_planted_flips():
+    """Of five pictures the second turns right and the fourth wrong."""
+    files, labels = [f"cat and co {i}.jpg" for i in range(5)], torch.tensor([0, 0, 1, 1, 1])
+    fp32 = torch.tensor([[2.0, 0], [0.0, 0.5], [0, 1], [0.25, 1], [3, 1]])
+    int8 = torch.tensor([[2.0, 0], [0.6, 0.5], [0, 1], [1.25, 1], [3, 2]])
+    found = script.compare(script.Outcome(files, labels, fp32, 60.0), script.Outcome(files, labels, int8, 60.0))
+    assert [(flip["file"], flip["label"], flip["better"], flip["fp32_margin"]) for flip in found["flips"]] == [
+        ("cat and co 1.jpg", "cat", True, 0.5), ("cat and co 3.jpg", "dog", False, 0.75)]
+    assert found["flips"][1]["fp32_logits"] == [0.25, 1] and found["flips"][1]["int8_logits"] == [1.25, 1]
+    assert found["agreement"] == 0.6 and found["mcnemar"] == {"gained": 1, "lost": 1, "p": 1}
+    assert found["fp32"]["confusion"] == [[1, 1], [1, 2]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("lost, chance", [(5, "that can be chance (McNemar's exact test, p = 0.062)"),
+                                          (6, "more than chance (McNemar's exact test, p = 0.031)"),
+                                          (40, "more than chance (McNemar's exact test, p = 1.8e-12)")])
+def test_verdict(crowded, capsys, lost, chance):
+    test = {"gained": 0, "lost": lost, "p": script.mcnemar(0, lost)}
+    script.print_summary(crowded[0] | {"mcnemar": test})
+    assert f"INT8 corrects 0 and spoils {lost} of FP32's answers: {chance}\n" in capsys.readouterr().out
+
+
+def test_intervals_in_the_summary(crowded, capsys):
+    rows = {name: crowded[0][name] | {"interval95": script.wilson(correct, 100)}
+            for name, correct in (("fp32", 90), ("int8", 50))}
+    script.print_summary(crowded[0] | rows)
+    lines = capsys.readouterr().out.splitlines()
+    for name, row in rows.items():
+        low, high = row["interval95"]
+        assert any(line.startswith(name.upper()) and f"{low:.1f} to {high:.1f} %" in line for line in lines)
+
+
+def test_names_that_would_move_the_cursor():
+    assert script.shown("cats/\x1b[31mred\n.jpg", 99) == r"cats/\x1b[31mred\n.jpg"
+    assert script.shown("\u732b.jpg", 99) == "\u732b.jpg"
+    assert script.shown("a" * 20 + "cat.jpg", 15) == "...aaaaacat.jpg" and len(script.shown("b" * 15, 15)) == 15
+
+
+def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(crowded):
+    report, out = crowded
+    assert len(report["skipped"]) == 30 and out.count("/val/bird.") == 20
+    assert f"{len(report['flips'])} pictures changed their class, 30 files were left out\n" in out
+    assert "(at most 20 of a kind are shown here; all are in report.json)\n" in out

@@ -1,9 +1,9 @@
 """Train the cat/dog CNN in FP32 and write BEST_checkpoint.pth.tar.
 
-    python tools/train_checkpoint.py --photos train-0.tar train-1.tar ... --drawn 5000 --epochs 40
+    python training/train_checkpoint.py --photos train-0.tar train-1.tar ... --drawn 5000 --epochs 40
 
 `--photos` takes folders and tar files of pictures called `cat.N.*` and `dog.N.*`; `--drawn`
-adds freshly drawn ones (tools/draw_cat_dog.py, with seeds that cat_dog/val never uses). One
+adds freshly drawn ones (training/draw_cat_dog.py, with seeds that cat_dog/val never uses). One
 twentieth of the photographs and of the drawings is held out, and what it measures is printed after
 each epoch. Everything needed to go on after an interruption is in `<output>.training`: give the
 same command again, or one with more pictures, since the learning rate follows the share of the
@@ -35,7 +35,7 @@ from draw_cat_dog import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# pictures and labels as it sees them; importing it also has glibc keep its big buffers, which halves a step's time
+# pictures and labels as it sees them
 import quantize_catdog as script    # noqa: E402
 
 PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels alike
@@ -94,8 +94,8 @@ def build_cache(folder, photos, drawn):
                 label = script.label_of(name)
                 if label is not None:
                     try:
-                        pixels.append(script.decode(io.BytesIO(data)))
-                    except OSError as error:
+                        pixels.append(script.decode(io.BytesIO(data), script.IMAGE_SIZE))
+                    except script.InputError as error:
                         print(f"left out {source}: {name}: {error}")
                         continue
                     labels.append(label)
@@ -220,6 +220,7 @@ def main():
         if not Path(source).exists():
             parser.error(f"--photos: no folder or tar file {source}")
 
+    script.prepare_process()        # glibc keeps its big buffers: half of a step's time
     torch.manual_seed(args.seed)
 
     pixels, labels, is_photo = build_cache(args.cache, args.photos, args.drawn)

@@ -3,8 +3,8 @@
 No photograph is shipped with this project (no licence to track, no download),
 so the pictures under ``cat_dog/val`` are drawn by this program, from a seed:
 
-    python tools/draw_cat_dog.py                 # cat_dog/val/{cat,dog}.0-49.jpg
-    python tools/draw_cat_dog.py --output /tmp/more --count 500 --seed 7
+    python training/draw_cat_dog.py                 # cat_dog/val/{cat,dog}.0-49.jpg
+    python training/draw_cat_dog.py --output /tmp/more --count 500 --seed 7
 
 Picture ``i`` of a kind is ``draw(kind, seed * 100000 + i)``; the shipped hundred
 are ``--seed 0``, that is picture seeds 0 to 49 of each kind, so a program that

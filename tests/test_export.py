@@ -1,0 +1,356 @@
+"""The ONNX file: what is in it, and whether two engines that share no code with the script answer as it does."""
+import copy
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import quantize_catdog as script
+
+onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import compare_engines  # noqa: E402
+import export_onnx      # noqa: E402
+
+# without what finds better integers: that takes time, and is nothing to how they are written
+FAST = dict(HEADROOM=1, EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False)
+NOTEBOOKS = dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True)
+RECIPES = {"default": {}, "weights of 4 bits": FAST | dict(WEIGHT_BIT=4), "activations of 5 bits": FAST | dict(BIT=5),
+           "all of 2 bits": FAST | dict(BIT=2, WEIGHT_BIT=2), "signed activations": FAST | dict(UNSIGNED_RELU=False),
+           "scales per layer": FAST | dict(PER_CHANNEL=False), "quantized logits": FAST | dict(QUANTIZE_LOGITS=True),
+           "biases of 16 bits": FAST | dict(BIAS_BIT=16), "the notebook's": FAST | NOTEBOOKS,
+           "oblong pictures": FAST | dict(IMAGE_SIZE=(213, 220))}
+ENGINES = ["ONNX Runtime", "OpenVINO"]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return script.CatDogDataset(ROOT / "cat_dog" / "val").first(100)
+
+
+@pytest.fixture(scope="module")
+def folded(pictures):
+    model = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
+    with torch.no_grad():
+        for chunk in pictures.split(20):
+            model(chunk, model.update_range)
+    return model
+
+
+@pytest.fixture(scope="module")
+def network(folded, pictures):
+    """Makes the INT8_Model of a recipe, once. All but the default's get ranges that the pictures exceed."""
+    made, narrow = {}, copy.deepcopy(folded)
+    for place in script.PLACES[1:]:
+        narrow.range_at(place).mul_(0.1 if place == "fc1" else 0.3)
+
+    def make(name):
+        if name not in made:
+            model, recipe = folded if name == "default" else narrow, script.current_recipe() | RECIPES[name]
+            _, made[name] = script.quantize_network(model, pictures[:10], recipe)
+            script.choose_engine(made[name], pictures[:2])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "INT8_checkpoint.pth.tar"
+    path.write_bytes(script.int8_checkpoint(network("default")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    """The file of the default recipe, as the tool writes it, and what it printed."""
+    path = checkpoint.with_name("INT8.onnx")
+    done = run_tool(checkpoint, path)
+    assert (done.returncode, done.stderr) == (0, "")
+    return path, done.stdout
+
+
+def run_tool(*arguments):
+    return subprocess.run([sys.executable, ROOT / "tools" / "export_onnx.py", arguments[0], "--output", arguments[1]],
+                          capture_output=True, text=True, timeout=300)
+
+
+def engine_of(name, content):
+    """What runs an ONNX file's bytes, pixels -> logits; skips where the engine is missing, or wrong on this CPU."""
+    if name == "OpenVINO" and not importlib.util.find_spec("openvino"):
+        pytest.skip("openvino is not installed")
+    return {"ONNX Runtime": export_onnx.onnxruntime_engine, "OpenVINO": export_onnx.openvino_engine}[name](content)[1]
+
+
+def skip_where_kernels_saturate(model):
+    if script.kernels_saturate(model.recipe):
+        pytest.skip("this CPU adds pairs of products in 16 bits, and so do the engines: their answers are others")
+
+
+def initializers_of(content):
+    graph = onnx.load_from_string(content).graph
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize("name", ["default", "scales per layer", "quantized logits"])
+def test_initializers_are_the_checkpoints(name, network, checkpoint):
+    """The same integers, and scales that are 1 / the script's up to their last two bits."""
+    model = network(name)
+    saved = model.state_dict()
+    if name == "default":
+        saved = torch.load(checkpoint, weights_only=True)["model"]
+    found = initializers_of(export_onnx.onnx_bytes(model))
+    for layer in script.LAYERS:
+        for kind in ("weight", "bias"):
+            expected, value = saved[f"{layer.name}.{kind}"].numpy(), found[f"{layer.name}.{kind}"]
+            assert value.dtype == expected.dtype == (np.int8 if kind == "weight" else np.int32)
+            np.testing.assert_array_equal(value, expected)
+        w_scale, x_scale = found[f"{layer.name}.weight_scale"], found[f"{layer.source}_scale"]
+        np.testing.assert_allclose(w_scale * saved[f"{layer.name}.w_scale"].numpy(), 1, rtol=3 * 2.0**-23)
+        np.testing.assert_allclose(x_scale * saved[f"scale_{layer.source}"].numpy(), 1, rtol=2.0**-23)
+        np.testing.assert_array_equal(found[f"{layer.name}.bias_scale"], x_scale * w_scale)
+        assert not found[f"{layer.name}.weight_zero_point"].any()
+    assert ("fc2_scale" in found) == (name == "quantized logits")
+
+
+def test_file_has_the_integers_and_little_else(exported, checkpoint):
+    path, _ = exported
+    integers = sum(tensor.nbytes for tensor in torch.load(checkpoint, weights_only=True)["model"].values())
+    assert integers < path.stat().st_size < 1.02 * integers
+
+
+def test_metadata(exported):
+    """What an engine hands out to who has nothing but the file."""
+    session = onnxruntime.InferenceSession(exported[0])
+    metadata = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata.pop("recipe") == script.current_recipe() | {"IMAGE_SIZE": [224, 224]}
+    assert metadata == {"classes": ["cat", "dog"], "image_size": [224, 224]}
+    (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["n", 3, 224, 224])
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["n", 2])
+
+
+def answers(run, pixels, batch):
+    return np.concatenate([run(chunk.contiguous().numpy()) for chunk in pixels.split(batch)])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_answer_as_the_script(engine, exported, network, pictures):
+    """On all 100 pictures, and beyond the classes: no rounding tie moves any of them."""
+    model = network("default")
+    skip_where_kernels_saturate(model)
+    run = engine_of(engine, exported[0].read_bytes())
+    with torch.inference_mode():
+        expected = torch.cat([model(chunk) for chunk in pictures.split(20)]).numpy()
+    for batch in (1, 5):
+        logits = answers(run, pictures, batch)
+        assert (logits.argmax(1) == expected.argmax(1)).all() and len(logits) == 100
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "default"])
+def test_every_recipe_is_answered_as_by_the_script(engine, name, network, pictures):
+    """With values that are clipped at every place. A rounding tie may move one picture."""
+    model = network(name)
+    skip_where_kernels_saturate(model)
+    width, height = model.recipe["IMAGE_SIZE"]
+    pixels = pictures[:8, :, :height, :width]
+    run = engine_of(engine, export_onnx.onnx_bytes(model))
+    with torch.inference_mode():
+        expected, places = model(pixels).numpy(), script.values_at(model, pixels)
+    for place in script.PLACES[1:6]:
+        assert (places[place] == model.integers[place].high).any()
+    assert (places["fc1"] == model.integers["fc1"].low).any()
+    for batch in (1, 5):
+        logits = answers(run, pixels, batch)
+        assert (logits.argmax(1) == expected.argmax(1)).all()
+        moved = ~np.isclose(logits, expected, rtol=1e-5, atol=1e-5).all(1)
+        assert moved.sum() <= 1 and np.abs(logits - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pixels_on_rounding_ties(engine, folded, pictures):
+    """Calibrated on dark pictures, up to 200: times 255 / 200, 20 is 25.5, and so on with each odd multiple of it."""
+    dark = copy.deepcopy(folded)
+    dark.range_at("input").fill_(200)
+    _, model = script.quantize_network(dark, pictures[:2], script.current_recipe() | FAST)
+    skip_where_kernels_saturate(model)
+    pixels = torch.randint(0, 13, (3, 3, 224, 224), generator=torch.Generator().manual_seed(0)).mul(20).to(torch.uint8)
+    with torch.inference_mode():
+        expected = model(pixels).numpy()
+    logits = engine_of(engine, export_onnx.onnx_bytes(model))(pixels.numpy())
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_onnxruntime_runs_integer_kernels_alone(exported, tmp_path):
+    """By the graph that it saves after it has optimized it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3          # it warns that the saved file is for this machine alone
+    onnxruntime.InferenceSession(exported[0], options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("QLinearConv") == 4 and operators.count("QGemm") == 2
+    assert set(operators) <= {"QLinearConv", "QGemm", "NhwcMaxPool", "MaxPool", "Transpose", "Flatten", "Clip"}
+
+
+def test_openvino_runs_integer_kernels_alone(exported):
+    """By the graph that it executes: all that computes reads integers of 8 bits."""
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    compiled = openvino.Core().compile_model(exported[0], "CPU")
+    rows = [{key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}
+            for node in compiled.get_runtime_model().get_ops()]
+    kernels = {"Convolution": 4, "Pooling": 4, "FullyConnected": 2}
+    for kind, count in kernels.items():
+        assert [row["runtimePrecision"] for row in rows if row["layerType"] == kind] == ["u8"] * count
+    others = {"Input", "Output", "Const", "Reorder", "Reshape"}
+    assert {row["layerType"] for row in rows} <= kernels.keys() | others
+
+
+def test_the_tool_prints_its_proof(exported):
+    path, out = exported
+    found = re.search(rf"ONNX Runtime {onnxruntime.__version__}: 100 of 100 classes are the script's, logit SQNR "
+                     r"([\d.]+) dB, largest change of a logit ([\d.e-]+); below 80 dB: 0 of 100\n", out)
+    assert float(found[1]) > 80 and float(found[2]) < 1e-3
+    assert out.splitlines()[-1] == f"wrote {path}, {path.stat().st_size:,} bytes"
+
+
+@pytest.mark.parametrize("moved, others, sqnr, near", [(0, 0, 80.3, True), (5, 0, 80.4, True), (6, 0, 80.4, False),
+                                                       (0, 1, 14.0, False)])
+def test_bound_of_the_proof(moved, others, sqnr, near, capsys):
+    """Logits 3 and -3: 80 dB below them is 3e-4. 5 of 100 may move further; no class may be another."""
+    by_script = np.tile(np.float32([3, -3]), (100, 1))
+    logits = by_script + np.float32(2.9e-4)
+    logits[:moved] = by_script[:moved] + np.float32([3.1e-4, 0])
+    logits[100 - others:] = -by_script[100 - others:]
+    if near:
+        export_onnx.prove("engine", logits, by_script)
+    else:
+        with pytest.raises(script.InputError, match="^engine does not answer as the script does"):
+            export_onnx.prove("engine", logits, by_script)
+    printed = capsys.readouterr().out
+    assert f"engine: {100 - others} of 100 classes are the script's, logit SQNR {sqnr:.1f} dB, " in printed
+    assert printed.endswith(f"below 80 dB: {moved + others} of 100\n")
+
+
+def test_tie_and_no_number_in_the_proof():
+    by_script = np.tile(np.float32([3, -3]), (100, 1))
+    by_script[0] = [1e-4, 0]
+    logits = by_script.copy()
+    logits[0] = [0, 1e-4]                                       # a tie may fall either way
+    export_onnx.prove("engine", logits, by_script)
+    logits[1:] = np.nan
+    with pytest.raises(script.InputError):
+        export_onnx.prove("engine", logits, by_script)
+
+
+@pytest.fixture
+def ten_pictures(tmp_path_factory, monkeypatch):
+    """The script's pictures become ten, for the tests that need no more."""
+    folder = tmp_path_factory.mktemp("pictures") / "val"
+    folder.mkdir()
+    for i in range(5):
+        for kind in ("cat", "dog"):
+            (folder / f"{kind}.{i}.jpg").symlink_to(ROOT / "cat_dog" / "val" / f"{kind}.{i}.jpg")
+    monkeypatch.setattr(script, "DATA_DIR", str(folder.parent))
+
+
+def stopped_with(monkeypatch, checkpoint, output):
+    """Call the tool in this process; the line that it ends with, exit status 1."""
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(checkpoint), "--output", str(output)])
+    with pytest.raises(SystemExit) as stopped:
+        export_onnx.main()
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("layer, channel, before", [("cnn1", 3, None), ("cnn4", 0, b"of a run before"),
+                                                    ("fc1", slice(None), None), ("fc2", 1, b"of a run before")])
+def test_a_wrong_scale_is_caught(layer, channel, before, checkpoint, ten_pictures, tmp_path, monkeypatch):
+    """One that is 1 % too large: no file is left, or the one that was there."""
+    right = export_onnx.weight_scale
+
+    def wrong(model, of):
+        scale = right(model, of)
+        if of.name == layer:
+            scale[channel] *= np.float32(1.01)
+        return scale
+
+    output = tmp_path / "INT8.onnx"
+    if before:
+        output.write_bytes(before)
+    monkeypatch.setattr(export_onnx, "weight_scale", wrong)
+    line = stopped_with(monkeypatch, checkpoint, output)
+    assert re.match("ONNX Runtime [0-9.]+ does not answer as the script does: no file is written", line)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([before] if before else [])
+
+
+@pytest.mark.parametrize("kind", ["missing", "FP32"])
+def test_a_checkpoint_that_cannot_be_used(kind, tmp_path, monkeypatch):
+    bad = tmp_path / "bad.pth.tar" if kind == "missing" else ROOT / "BEST_checkpoint.pth.tar"
+    assert f"checkpoint {bad}" in stopped_with(monkeypatch, bad, tmp_path / "INT8.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint(checkpoint, tmp_path):
+    """In a process of its own: one line on stderr, exit status 1."""
+    bad = tmp_path / "bad.pth.tar"
+    bad.write_bytes(checkpoint.read_bytes()[:100_000])
+    done = run_tool(bad, tmp_path / "INT8.onnx")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"checkpoint {bad} is damaged") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+@pytest.mark.parametrize("engine, module", [("ONNX Runtime", "onnxruntime"), ("OpenVINO", "nncf")])
+def test_rows_of_the_comparison(engine, module, network, folded, pictures, tmp_path):
+    """tools/compare_engines.py runs FP32 and our integers in both engines, before it lets them quantize themselves."""
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    model = network("default")
+    skip_where_kernels_saturate(model)
+    compare_engines.export_networks(folded, model, tmp_path)
+    make = {"ONNX Runtime": compare_engines.onnxruntime_engines, "OpenVINO": compare_engines.openvino_engines}[engine]
+    fp32, int8 = itertools.islice(make(pictures[:7], tmp_path), 2)
+    assert (fp32.name, int8.name) == (f"{engine} FP32", f"{engine}, our integers")
+    with torch.inference_mode():
+        torch.testing.assert_close(fp32.logits(pictures[:7], 5), folded(pictures[:7]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(int8.logits(pictures[:7], 5), model(pictures[:7]), atol=1e-5, rtol=1e-5)
+    assert int8.size == (tmp_path / "int8.onnx").stat().st_size
+
+
+WITHOUT_TORCH = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        assert name.split(".")[0] not in ("torch", "quantize_catdog"), f"{name} is imported"
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_readme_classifies_a_picture_without_torch(exported, network, tmp_path):
+    """Its lines, in a process in which torch cannot be imported."""
+    blocks = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text())
+    blocks = [block for block in blocks if "onnxruntime" in block]
+    if not blocks:
+        pytest.skip("README.md has no lines for onnxruntime yet")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "INT8.onnx").write_bytes(exported[0].read_bytes())
+    (tmp_path / "cat_dog").symlink_to(ROOT / "cat_dog")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + blocks[0]], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected, _ = network("default").predict(ROOT / "cat_dog" / "val" / "cat.4.jpg")
+    assert len(blocks) == 1 and len(blocks[0].splitlines()) == 4 and done.stdout == f"{expected}\n"

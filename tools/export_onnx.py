@@ -1,0 +1,285 @@
+"""Write the INT8 network as one ONNX file that ONNX Runtime and OpenVINO answer as the script does.
+
+    pip install -r tools/requirements.txt
+    python tools/export_onnx.py [results/INT8_checkpoint.pth.tar] [--output results/INT8.onnx]
+
+    input      pixels   uint8 (n, 3, 224, 224): RGB, 0..255, any n
+    output     logits   FP32 (n, 2): cat, dog
+    metadata   classes, recipe, image_size (width, height), each as JSON
+
+Weights and biases are the checkpoint's own int8 and int32 tensors; a scale is 1 / the script's.
+Each operator on floats stands between DequantizeLinear (DQ) and QuantizeLinear (Q), a group that
+both engines run as one integer kernel. Pooling takes the uint8 integers as they are:
+
+    pixels -> DQ Conv Relu Q -> MaxPool -> DQ Conv ... -> Flatten -> DQ Gemm Q -> Clip -> DQ Gemm
+
+Before it is written, ONNX Runtime and, where it is installed, OpenVINO answer the pictures of
+EVALUATION_SPLIT with it. Where they do not answer as the script does, no file is written.
+"""
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import quantize_catdog as script
+
+OPSET = 17          # 12 brought pooling of uint8, 13 scales per channel; known since 2022
+IR_VERSION = 8      # the file format of that time
+SIGNED_ZERO = 128   # uint8 that stands for 0.0 where values may be negative: kernels want uint8
+KEPT_DB = 80        # logits as near as this to the script's have not moved
+MOVED = 0.05        # share of pictures that may have: a rounding tie moves one in some hundreds
+
+
+class Graph:
+    """Nodes and initializers of an ONNX graph, in the order in which they are added."""
+
+    def __init__(self):
+        self.nodes, self.initializers = [], []
+
+    def constant(self, name, value):
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def node(self, operator, inputs, output, **attributes):
+        node = helper.make_node(operator, inputs, [output], name=output, **attributes)
+        self.nodes.append(node)
+        return output
+
+    def add_place(self, place, scale, zero_point):
+        """The constants that quantize and dequantize a place's integers. scale: the script's."""
+        self.constant(f"{place}_scale", 1 / scale)
+        self.constant(f"{place}_zero_point", np.uint8(zero_point))
+
+    def quantize(self, x, place, output):
+        return self.node("QuantizeLinear", [x, f"{place}_scale", f"{place}_zero_point"], output)
+
+    def dequantize(self, x, place, output):
+        return self.node("DequantizeLinear", [x, f"{place}_scale", f"{place}_zero_point"], output)
+
+
+def arrays_of(model):
+    """{name: array} of an INT8_Model's tensors."""
+    return {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
+
+
+def integer_limits(model, layer):
+    """Smallest and largest integer that a layer gives; 0 as the smallest is its ReLU."""
+    to = model.integers[layer.place]
+    return 0 if layer.is_conv else to.low, to.high
+
+
+def weight_scale(model, layer):
+    """1 / the scale of a layer's weights, FP32 (out,) or (1,), its last bits for the same rounding.
+
+    With x, w, y for 1 / the scales of input, weights and output, and M = scale_out / (scale_in *
+    scale_w), all three come to the same real number before they round it, but each by FP32 steps of
+    its own:
+
+        script         sum * M + bias * M
+        ONNX Runtime   (sum + bias) * (x * w / y)
+        OpenVINO       (sum * (x * w) + bias * (x * w)) * (1 / y)
+
+    (Found by comparing 100 million values of each engine with such formulas, to the last bit.) Next
+    to a rounding tie they may part, and then that picture's logits move by a step of INT8. With the
+    FP32 number nearest to 1 / scale_w this happens to one picture in a hundred. Of it and its
+    neighbours this takes the one with which they part at the fewest ties; those of small values
+    count for more, since small values are frequent.
+    """
+    arrays = arrays_of(model)
+    scale_in, scale_w = arrays[f"scale_{layer.source}"], arrays[f"{layer.name}.w_scale"]
+    nearest = 1 / scale_w
+    if model.is_fp32(layer.place):
+        return nearest                                      # nothing is rounded
+    scale_out = arrays[f"scale_{layer.place}"]
+    bias = arrays[f"{layer.name}.bias"].astype(np.int64)[:, None, None]
+    multiplier = (scale_out / (scale_in * scale_w))[:, None, None]
+    x, y = 1 / scale_in, 1 / scale_out
+    by_y = 1 / (1 / (255 / (255 * y)))                      # 1 / y, as OpenVINO comes to it
+    low, high = integer_limits(model, layer)
+    ties = np.arange(low, high)[:, None] + 0.5
+    sums = np.rint(ties / multiplier).astype(np.int64) - bias + np.arange(-2, 3)
+    sum32, bias32, both32 = (whole.astype(np.float32) for whole in (sums, bias, sums + bias))
+
+    def rounded(real):
+        return np.rint(real).clip(low, high)                # (out, ties, 5)
+
+    def parting(w):
+        """How often the engines part from the script with w as 1 / scale_w. (out,) or (1,)"""
+        xw = (x * w)[:, None, None]
+        in_onnxruntime = rounded(both32 * (xw / y))
+        in_openvino = rounded((sum32 * xw + bias32 * xw) * by_y)
+        parted = (in_onnxruntime != in_script).astype(int) + (in_openvino != in_script)
+        by_channel = (parted / (1 + np.abs(ties))**2).sum((1, 2))
+        return by_channel.reshape(len(w), -1).sum(1)
+
+    in_script = rounded(sum32 * multiplier + bias32 * multiplier)
+    neighbours = [(nearest.view(np.int32) + np.int32(ulps)).view(np.float32)
+                  for ulps in (0, 1, -1, 2, -2)]
+    return np.choose(np.argmin([parting(w) for w in neighbours], 0), neighbours)
+
+
+def add_input(graph, model):
+    """Pixels -> the integers of the input's place, by a table of all 256 where they differ."""
+    to, scale = model.integers["input"], arrays_of(model)["scale_input"]
+    graph.add_place("input", scale, 0)
+    if to.high == 255 and scale == 1:
+        return "pixels"
+    table = np.rint(np.arange(256, dtype=np.float32) * scale).clip(0, to.high).astype(np.uint8)
+    indices = graph.node("Cast", ["pixels"], "indices", to=TensorProto.INT32)
+    return graph.node("Gather", [graph.constant("input_table", table), indices], "input_quantized")
+
+
+def add_layer(graph, model, layer, x):
+    """One layer: the integers that it reads -> those that it gives before pooling, or logits."""
+    name, place, arrays = layer.name, layer.place, arrays_of(model)
+    x_scale, w_scale = 1 / arrays[f"scale_{layer.source}"], weight_scale(model, layer)
+    if len(w_scale) == 1:
+        w_scale = w_scale[0]                                # ONNX wants one for all as a scalar
+    zeros = np.zeros(w_scale.shape, np.int8)    # given: ONNX Runtime fuses no Gemm without them
+    weight = [graph.constant(f"{name}.weight", arrays[f"{name}.weight"]),
+              graph.constant(f"{name}.weight_scale", w_scale),
+              graph.constant(f"{name}.weight_zero_point", zeros)]
+    bias = [graph.constant(f"{name}.bias", arrays[f"{name}.bias"]),
+            graph.constant(f"{name}.bias_scale", x_scale * w_scale)]
+    inputs = [graph.dequantize(x, layer.source, f"{name}_input"),
+              graph.node("DequantizeLinear", weight, f"{name}_weight", axis=0),
+              graph.node("DequantizeLinear", bias, f"{name}_bias", axis=0)]
+    if model.is_fp32(place):
+        return graph.node("Gemm", inputs, "logits", transB=1)
+    if layer.is_conv:
+        x = graph.node("Relu", [graph.node("Conv", inputs, name)], f"{name}_relu")
+        zero_point = 0
+    else:
+        x = graph.node("Gemm", inputs, name, transB=1)
+        zero_point = SIGNED_ZERO
+    graph.add_place(place, arrays[f"scale_{place}"], zero_point)
+    x = graph.quantize(x, place, f"{place}_quantized")
+    low, high = (zero_point + limit for limit in integer_limits(model, layer))
+    if (low, high) == (0, 255):                             # QuantizeLinear itself clips there
+        return x
+    bounds = [graph.constant(f"{place}_low", np.uint8(low)),
+              graph.constant(f"{place}_high", np.uint8(high))]
+    return graph.node("Clip", [x, *bounds], f"{place}_clipped")
+
+
+def onnx_bytes(model):
+    """The ONNX file of an INT8_Model."""
+    graph = Graph()
+    x = add_input(graph, model)
+    for layer in script.LAYERS:
+        if layer.name == "fc1":
+            x = graph.node("Flatten", [x], "flat")
+        x = add_layer(graph, model, layer, x)
+        if layer.is_conv:
+            x = graph.node("MaxPool", [x], f"{layer.place}_pooled", kernel_shape=[2, 2],
+                           strides=[2, 2])
+    if not model.is_fp32("fc2"):
+        graph.dequantize(x, "fc2", "logits")
+    width, height = model.recipe["IMAGE_SIZE"]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", 3, height, width])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(script.CLASSES)])
+    network = helper.make_model(
+        helper.make_graph(graph.nodes, "catdog", [pixels], [logits], graph.initializers),
+        opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
+        producer_name="quantize_catdog")
+    helper.set_model_props(network, {"classes": json.dumps(script.CLASSES),
+                                     "recipe": json.dumps(model.recipe),
+                                     "image_size": json.dumps([width, height])})
+    onnx.checker.check_model(network, full_check=True)
+    return network.SerializeToString(deterministic=True)
+
+
+def onnxruntime_engine(content):
+    """(name and version, function from uint8 pixels to logits) of an ONNX file's bytes."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(pixels):
+        return session.run(["logits"], {"pixels": pixels})[0]
+
+    return f"ONNX Runtime {onnxruntime.__version__}", run
+
+
+def openvino_engine(content):
+    """The same in OpenVINO."""
+    import openvino
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(content), "CPU")
+
+    def run(pixels):
+        return compiled(pixels)["logits"]
+
+    return f"OpenVINO {openvino.__version__.split('-')[0]}", run
+
+
+def prove(name, logits, by_script):
+    """Print how near an engine's logits are to the script's, both FP32 (n, 2).
+
+    Raises InputError where they are not near: where a picture has another class, though the script
+    has its two logits further apart than 80 dB, or where more pictures than a few, which a rounding
+    tie has moved, are below 80 dB.
+    """
+    n, change = len(by_script), np.abs(logits.astype(np.float64) - by_script)
+    power = np.square(by_script, dtype=np.float64).mean()
+    with np.errstate(divide="ignore"):                      # no change: infinitely many dB
+        sqnr = 10 * np.log10(power / np.square(change).mean())
+    kept = np.sqrt(power) * 10**(-KEPT_DB / 20)
+    moved = n - np.count_nonzero(change.max(1) <= kept)     # a NaN has moved
+    tie = np.abs(by_script[:, 0] - by_script[:, 1]) <= 2 * kept
+    other = logits.argmax(1) != by_script.argmax(1)
+    print(f"{name}: {n - other.sum()} of {n} classes are the script's, logit SQNR {sqnr:.1f} dB, "
+          f"largest change of a logit {change.max():.2g}; below {KEPT_DB} dB: {moved} of {n}")
+    if (other & ~tie).any() or moved > MOVED * n:
+        raise script.InputError(f"{name} does not answer as the script does: no file is written. "
+                                "If this CPU has no VNNI, quantize with WEIGHT_BIT = 7")
+
+
+def export(checkpoint, output, folder):
+    """Write the ONNX file of an INT8 checkpoint, proven on a folder's pictures.
+
+    Raises InputError, and leaves what is at `output`, where an input cannot be used or the proof
+    fails.
+    """
+    model = script.INT8_Model.load(checkpoint)
+    script.IMAGE_SIZE = model.recipe["IMAGE_SIZE"]          # to decode pictures for this network
+    pictures, content = script.CatDogDataset(folder), onnx_bytes(model)
+    engines = dict([onnxruntime_engine(content)])
+    if importlib.util.find_spec("openvino"):
+        engines |= dict([openvino_engine(content)])
+    else:
+        print("OpenVINO is not installed: not compared")
+    by_script, by_engine = [], {name: [] for name in engines}
+    with torch.inference_mode():
+        for pixels, _, _ in pictures.batches():
+            by_script.append(model(pixels.to(script.DEVICE)).cpu().numpy())
+            for name, run in engines.items():
+                by_engine[name].append(run(pixels.contiguous().numpy()))
+    for name, logits in by_engine.items():
+        prove(name, np.concatenate(logits), np.concatenate(by_script))
+    script.write_files(output.parent, {output.name: content})
+    print(f"wrote {output}, {len(content):,} bytes")
+
+
+def main():
+    results = script.located(script.OUTPUT_DIR)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", nargs="?", type=Path,
+                        default=results / "INT8_checkpoint.pth.tar")
+    parser.add_argument("--output", type=Path, default=results / "INT8.onnx")
+    args = parser.parse_args()
+    folder = script.located(script.DATA_DIR, script.EVALUATION_SPLIT)
+    try:
+        export(args.checkpoint, args.output, folder)
+    except script.InputError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -814,12 +814,12 @@ def equalize(folded):
     calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
     """
     model, found = copy.deepcopy(folded), {}
-    for layer, reader in zip(LAYERS[:4], LAYERS[1:]):       # the convolutions and what reads them
+    for layer, reader in zip(LAYERS, LAYERS[1:]):
         writer, read_weight = model.part(layer), model.part(reader).weight
         ranges = model.range_at(layer.place)
         largest = ranges.amax().clamp(min=SMALLEST)
         factors = (largest / torch.maximum(ranges, largest / LARGEST_FACTOR**2)).sqrt()
-        writer.weight *= spread(factors, 3)
+        writer.weight *= spread(factors, writer.weight.dim() - 1)
         writer.bias *= factors
         ranges *= factors
         by_channel = read_weight.unflatten(1, (len(factors), -1))       # of fc1: 11 x 11 a channel

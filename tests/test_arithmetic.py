@@ -1055,12 +1055,12 @@ def test_equalizing_keeps_the_logits_and_evens_the_ranges():
     assert_same_state(folded, original)                                         # the argument stays as it was
     storages = [{tensor.data_ptr() for tensor in net.state_dict().values()} for net in (folded, equalized)]
     assert storages[0].isdisjoint(storages[1])
-    assert list(factors) == ["cv1", "cv2", "cv3", "cv4"]
+    assert list(factors) == ["cv1", "cv2", "cv3", "cv4", "fc1"]
     for place, found in factors.items():
         np.testing.assert_allclose(found, oracle.equalizing_factors(before[place]), rtol=1e-6)
     assert factors["cv4"][3] == 4 and factors["cv2"].max() > 2
     np.testing.assert_allclose(run(equalized, PIXELS)[1], logits, atol=1e-5 * logits.abs().max())
-    # what observers would now see is what the rescaled ranges say; inputs and fully connected layers stay
+    # what observers would now see is what the rescaled ranges say; pixels and logits stay
     ranges = channel_ranges_of(equalized)
     observe(equalized, PIXELS)
     assert_ranges(equalized, ranges)
@@ -1181,15 +1181,14 @@ def test_from_fp32_weights_to_refined_integers(six):
     weights, ranges = weights_of(six.folded), oracle.ranges(six.places)
     weights = {name: (w.astype(np.float64), b.astype(np.float64)) for name, (w, b) in weights.items()}
     places = dict(six.places)
-    for (layer, bn, _, place), (reader, *_) in zip(oracle.LAYERS, oracle.LAYERS[1:]):
-        if bn:
-            factors = oracle.equalizing_factors(ranges[place])
-            ranges[place] = ranges[place] * factors
-            places[place] = places[place] * oracle.per_channel(factors, places[place])
-            (w, b), (read, read_b) = weights[layer], weights[reader]
-            weights[layer] = w * factors[:, None, None, None], b * factors
-            divisor = factors.repeat(121) if read.ndim == 2 else factors[:, None, None]
-            weights[reader] = read / divisor, read_b
+    for (layer, _, _, place), (reader, *_) in zip(oracle.LAYERS, oracle.LAYERS[1:]):
+        factors = oracle.equalizing_factors(ranges[place])
+        ranges[place] = ranges[place] * factors
+        places[place] = places[place] * oracle.per_channel(factors, places[place])
+        (w, b), (read, read_b) = weights[layer], weights[reader]
+        weights[layer] = w * factors.reshape(-1, *[1] * (w.ndim - 1)), b * factors
+        divisor = factors.repeat(read.shape[1] // len(factors)) if read.ndim == 2 else factors[:, None, None]
+        weights[reader] = read / divisor, read_b
     fp32_model, int8 = script.quantize_network(six.folded, SIX.to(DEVICE), as_constants(recipe, *METHODS))
     for name, (w, b) in weights_of(fp32_model).items():
         np.testing.assert_allclose(w, weights[name][0], rtol=1e-5, err_msg=name)

@@ -170,10 +170,11 @@ def attacked(tmp_path_factory):
 
 
 def run_measured(place, **constants):
-    """(exit status, stderr, most memory in bytes) of a run."""
+    """(exit status, stderr, most memory in bytes) of a run, in one thread as what is computed in this process."""
     script = place.edit(**constants)
     with open(place.folder / "out.txt", "wb") as out, open(place.folder / "err.txt", "wb") as err:
-        process = subprocess.Popen([sys.executable, script], stdout=out, stderr=err)
+        process = subprocess.Popen([sys.executable, script], stdout=out, stderr=err,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, (place.folder / "err.txt").read_text(errors="replace"), usage.ru_maxrss * 1024

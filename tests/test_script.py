@@ -690,7 +690,7 @@ def test_paths_that_cannot_be_looked_at(tmp_path, use, words, path):
     (tmp_path / "file").write_text("")
     (tmp_path / "closed").mkdir(mode=0)
     error = None
-    with nobody():
+    with nobody() if path.startswith("closed") else contextlib.nullcontext():
         try:
             use(tmp_path / path)
         except quantize_catdog.InputError as found:

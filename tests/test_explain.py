@@ -299,7 +299,7 @@ def test_curve_is_what_calibrating_on_so_many_gives():
             assert row["ranges"][place] == pytest.approx(share, rel=1e-6) and (share < 0.9) == (row["pictures"] < 12)
         # a step in the folded network's own units: what EQUALIZE does to a channel is what it does to its range
         factors = {place: np.ones(len(part.range_at(place))) for place in PLACES}
-        factors |= {place: oracle.equalizing_factors(part.range_at(place).cpu().numpy()) for place in PLACES[1:5]}
+        factors |= {place: oracle.equalizing_factors(part.range_at(place).cpu().numpy()) for place in PLACES[1:6]}
         steps.append({place: 1 / (expected.scale_at(place).item() * factors[place]) for place in PLACES[:-1]})
     for row, before, now in zip(curve[1:], steps, steps[1:]):
         coarser = {place: int((now[place] > before[place] * (1 + 1e-5)).sum()) for place in now}
@@ -416,10 +416,13 @@ def test_value_followed_is_what_numpy_gives(followed):
         q, total = patch_of(layer, spot, followed.places), followed.totals[layer.place][0][spot]
         assert int8["inputs"] == q.ravel().tolist() and int8["weights"] == wq[channel].ravel().tolist()
         assert int8["bias"] == bq[channel] and int8["sum"] == total - bq[channel]
-        factor = 1
-        if followed.equalized and layer.is_conv:
+        factor = input_factor = 1
+        if followed.equalized and layer.name != "fc2":
             factor = oracle.equalizing_factors(followed.ranges[layer.place])[channel]
+        if followed.equalized and layer.name != "cnn1":
+            input_factor = oracle.equalizing_factors(followed.ranges[layer.source])[0]
         assert row["factor"] == pytest.approx(factor, rel=1e-4)
+        assert row["input_factor"] == pytest.approx(input_factor, rel=1e-4)
         is_fp32 = layer.name == "fc2" and not followed.recipe.quantize_logits
         scale_in = float(followed.scales[layer.source])
         scale_out, result = 1 if is_fp32 else float(followed.scales[layer.place]), followed.places[layer.place][0][spot]
@@ -486,6 +489,8 @@ def test_each_line_of_a_value_followed_can_be_checked_with_a_calculator(followed
 
         rescaled = f"  EQUALIZE multiplies the channel by {row['factor']:.6g}"
         assert (rescaled in out) == (row["factor"] != 1)
+        undone = f"  EQUALIZE multiplies the first input by {row['input_factor']:.6g}, so divides its weight"
+        assert (undone in out) == (row["input_factor"] != 1)
         found, shown = calculated(lines["weights"].replace("scale ", ""))
         assert found == pytest.approx(shown, rel=1e-4)
         assert f"became {int8['weights'][0]}" in lines["weights"]
@@ -525,7 +530,7 @@ def test_values_followed_fit_in_100_characters_whatever_they_are(followed, capsy
                 "multiplier": tiny, "unrounded": tiny, "limits": [-127, 127], "result": -127}
         spot = [111, 222, 222][:len(row["spot"])]
         explain.print_followed({"file": "cat" * 50, "layer": row["layer"], "spot": spot, "fp32": fp32, "int8": int8,
-                                "factor": 3.516421, "value": tiny, "error": tiny, "step": -tiny,
+                                "factor": 3.516421, "input_factor": 2.516421, "value": tiny, "error": tiny, "step": -tiny,
                                 "pooled": row["pooled"] and [255] * 4})
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if len(line) > 100] == [] and max(map(len, lines)) > 90

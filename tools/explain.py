@@ -138,7 +138,7 @@ def set_ranges(folded, maxima):
 # Where the error is born
 
 def layer_output(model, layer, x, **changed):
-    """What a layer of an FP32 network makes of x, with another `weight` or `bias` if it is given."""
+    """What a layer of an FP32 network makes of x, with another `weight` or `bias` if given."""
     y = functional_call(model.part(layer), changed, x)
     return F.relu_(y) if layer.is_conv else y
 
@@ -351,6 +351,7 @@ def follow(folded, int8_model, pixels, layer, spot):
 
     spot: (channel, row, column), or (channel,) where a layer is fully connected. The FP32 network
     is the folded one; what EQUALIZE did to the channel, its "factor", is undone on the way back.
+    What it did to the channel that the first product reads, the "input_factor", its weight undoes.
     """
     values, integers = [script.values_at(model, pixels[:1]) for model in (folded, int8_model)]
     part, part8, channel = folded.part(layer), int8_model.part(layer), spot[0]
@@ -380,7 +381,7 @@ def follow(folded, int8_model, pixels, layer, spot):
             "limits": [0 if layer.is_conv else to.low, to.high], "result": result.item()}
     value = real(int8_model, layer.place, result).item() / factor
     return {"layer": layer.name, "spot": list(spot), "fp32": fp32, "int8": int8, "factor": factor,
-            "value": value, "error": value - fp32["value"],
+            "input_factor": factors[layer.source][0].item(), "value": value, "error": value - fp32["value"],
             "step": 1 / scale_out / factor if rounded else None, "pooled": pooled}
 
 
@@ -495,10 +496,13 @@ def print_followed(row):
     fp32, int8 = row["fp32"], row["int8"]
     spot = ", ".join(f"{name} {i}" for name, i in zip(("channel", "row", "column"), row["spot"]))
     scale_in, scale = int8["scale_in"], int8["scale_weight"]
-    times, back = "", ""
+    times, back, undone = "", "", ""
     if row["factor"] != 1:
         times, back = f" x {row['factor']:.6g}", f" / {row['factor']:.6g}"
-    weight, bias = fp32["weights"][0] * row["factor"] * scale, fp32["bias"] * row["factor"] * scale
+    if row["input_factor"] != 1:
+        undone = f" / {row['input_factor']:.6g}"
+    weight = fp32["weights"][0] * row["factor"] / row["input_factor"] * scale
+    bias = fp32["bias"] * row["factor"] * scale
     choice = "" if round(weight) == int8["weights"][0] else " by GPTQ"
     print(f"\nOne value followed: {row['layer']}'s {spot} (from 0) of "
           f"{script.shown(row['file'], 28)}\n"
@@ -507,7 +511,10 @@ def print_followed(row):
           f"bias {fp32['bias']:.6g}; {'ReLU: ' if row['pooled'] else ''}{fp32['value']:.6g}")
     if times:
         print(f"  EQUALIZE multiplies the channel by {row['factor']:.6g}")
-    print(f"  weights  {fp32['weights'][0]:.5g}{times} x scale {scale:.6g} = {weight:.5g} became "
+    if undone:
+        print(f"  EQUALIZE multiplies the first input by {row['input_factor']:.6g}, so divides its "
+              "weight")
+    print(f"  weights  {fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = {weight:.5g} became "
           f"{int8['weights'][0]}{choice}, and so on\n"
           f"  bias     {fp32['bias']:.6g}{times} x {scale:.6g} x {scale_in:.6g} = "
           f"{bias * scale_in:.6g} became {int8['uncorrected_bias']}")

@@ -5,17 +5,18 @@ network have one, since torch sums in another order than NumPy.
 """
 import copy
 import importlib.util
+import pickle
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
+import quantize_catdog as script
 import torch
 
-import quantize_catdog as script
+import oracle
 
 SCRIPT = Path(__file__).resolve().parent.parent / "quantize_catdog.py"
 
@@ -747,6 +748,21 @@ def test_layers_are_prepared_anew_when_a_tensor_takes_the_place_of_another(calib
         int8.fc2.bias = torch.zeros(2, dtype=torch.int32, device=DEVICE)
         int8.fc2.bias = torch.full((2,), 10**6, dtype=torch.int32, device=DEVICE)
         assert_as_fresh(int8)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_copy_of_a_network_that_has_run_stands_by_itself(pickled, engine, calibrated):
+    int8 = calibrated.cl_scale(as_constants(default()))
+    int8.engine = engine
+    values, layers = values_of(int8, PIXELS[:1]), int8.layers()
+    other = pickle.loads(pickle.dumps(int8)) if pickled else copy.deepcopy(int8)
+    assert_same_values(values_of(other, PIXELS[:1]), values)
+    assert int8.layers() is layers and other.engine == engine
+    other.fc1.weight.neg_()
+    assert_as_fresh(other)
+    assert not torch.equal(values_of(other, PIXELS[:1])["fc1"], values["fc1"])
+    assert_same_values(values_of(int8, PIXELS[:1]), values)
 
 
 def test_quantizing_and_running_in_inference_mode(calibrated):

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-
 import quantize_catdog
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-import compare_engines      # noqa: E402
-import compare_notebook     # noqa: E402
+import compare_engines  # noqa: E402
+import compare_notebook  # noqa: E402
 
 # A notebook of two answers: its network is one matrix, on the mean of each colour, and takes its time.
 CELLS = ["""\

@@ -12,19 +12,32 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
+import quantize_catdog as script
 import torch
 from PIL import Image
 
-import quantize_catdog as script
-from test_arithmetic import (DEVICE, KERNELS, MANY, PIXELS, PLACES, STATE, as_constants, default, integers_of, notebook,
-                             observed, one_thread, scales_of)      # noqa: F401, the last but one is a fixture
+import oracle
+from test_arithmetic import (
+    DEVICE,
+    KERNELS,
+    MANY,
+    PIXELS,
+    PLACES,
+    STATE,
+    as_constants,
+    default,
+    integers_of,
+    notebook,
+    observed,
+    one_thread,  # noqa: F401, a fixture
+    scales_of,
+)
 from test_robustness import INTERRUPTED
 from test_script import ROOT, Place, one_line, run_here
 
 sys.path.insert(0, str(ROOT / "tools"))
-import explain      # noqa: E402
+import explain  # noqa: E402
 
 LAYERS = [row[0] for row in oracle.LAYERS]
 METHODS = "EQUALIZE", "GPTQ", "BIAS_CORRECTION"
@@ -177,6 +190,7 @@ def test_decibels_where_there_is_nothing_or_too_much():
     assert explain.energy(huge) == pytest.approx(12e50, rel=1e-6)                               # beyond FP32
     assert explain.decibels(1e3, 1) == pytest.approx(30) and explain.decibels(1, 0) is None
     assert explain.decibels(0, 1) < -300
+    assert [explain.decimal(value) for value in (None, -0.04, -0.06, 12.345)] == ["exact", "0.0", "-0.1", "12.3"]
 
 
 @pytest.mark.skipif(not KERNELS, reason="needs the INT8 kernels")
@@ -308,6 +322,18 @@ def test_curve_is_what_calibrating_on_so_many_gives():
     assert 0 < curve[-1]["coarser"]["cv1"]
 
 
+def test_rows_whose_classes_are_not_the_last_ones(monkeypatch):
+    """Of two pictures, by planted logits."""
+    cat_dog, cat_cat = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 0], [2, 1]])
+    planted = iter([cat_cat, cat_dog, cat_cat, 2 * cat_dog])
+    monkeypatch.setattr(explain, "logits_of", lambda model, pixels: next(planted))
+    folded, _, maxima = calibrated(MANY[:6])
+    _, int8 = script.quantize_network(folded, PIXELS.to(DEVICE), as_constants(default()))
+    curve = explain.calibration_curve(folded, int8, maxima, MANY[:6].to(DEVICE), PIXELS.to(DEVICE), cat_dog)
+    assert [(row["pictures"], row["as_last"], row["agreement"]) for row in curve] == [
+        (1, False, 0.5), (2, True, 1), (5, False, 0.5), (6, True, 1)]
+
+
 def test_curve_leaves_the_network_as_it_was():
     folded, _, maxima = calibrated(PIXELS)
     before = {name: value.clone() for name, value in folded.state_dict().items()}
@@ -346,7 +372,7 @@ def test_from_which_picture_on_nothing_changes(capsys, as_last, words):
     assert "the values of 3 pictures" in out and "INT8 against FP32 on 9\n" in out
 
 
-WIDER = "a range can only grow, and a wider one, of a place or with\nEQUALIZE of a channel, has coarser steps. "
+WIDER = "a range can only grow, and a wider one, of a place or with\nEQUALIZE of a channel, has coarser steps.\n"
 OTHERS = "not only their ranges differ, but also\nwhat GPTQ and bias correction, which look at 20 at most, have seen.\n"
 
 
@@ -358,11 +384,12 @@ OTHERS = "not only their ranges differ, but also\nwhat GPTQ and bias correction,
     ([30, 29, 27, 26], "100 pictures give fewer dB than 50: " + WIDER),         # the row that lost most
     ([30, 20, 19, 22], "50 pictures give fewer dB than 10: " + OTHERS)])
 def test_curve_says_why_more_pictures_give_fewer_db(capsys, sqnr, words):
-    curve = curve_rows((10, 50, 100, 200), sqnr, coarser={"cv1": 7, "cv2": 0, "fc1": 512})
+    curve = curve_rows((10, 50, 100, 200), sqnr, coarser=dict(zip(PLACES, (3, 16, 0, 16, 8, 512, 2))))
     explain.print_curve(curve, sources(1), 9)
     out = capsys.readouterr().out
     assert ("fewer dB" in out) == (words is not None) and (words or "") in out
-    assert ("Channels with coarser steps: cv1 7, fc1 512.\n" in out) == (WIDER in (words or ""))
+    channels = "Channels with coarser steps: input 3, cv1 16, cv3 16, cv4 8, fc1 512, fc2 2.\n"
+    assert (channels in out) == (WIDER in (words or ""))
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
@@ -530,8 +557,8 @@ def test_values_followed_fit_in_100_characters_whatever_they_are(followed, capsy
                 "multiplier": tiny, "unrounded": tiny, "limits": [-127, 127], "result": -127}
         spot = [111, 222, 222][:len(row["spot"])]
         explain.print_followed({"file": "cat" * 50, "layer": row["layer"], "spot": spot, "fp32": fp32, "int8": int8,
-                                "factor": 3.516421, "input_factor": 2.516421, "value": tiny, "error": tiny, "step": -tiny,
-                                "pooled": row["pooled"] and [255] * 4})
+                                "factor": 3.516421, "input_factor": 2.516421, "value": tiny, "error": tiny,
+                                "step": -tiny, "pooled": row["pooled"] and [255] * 4})
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if len(line) > 100] == [] and max(map(len, lines)) > 90
         assert any(" became -127 by GPTQ, " in line for line in lines)          # 443 is nearer to the product
@@ -553,9 +580,11 @@ def grid(*rows):
     ([[30.0, 20.0], [25.0, 24.0]], "More bits give fewer dB: W8A7 20.0, W7A7 24.0. "),
     ([[None, 20.0], [25.0, None]], None)])
 def test_grid_says_why_more_bits_give_fewer_db(capsys, rows, words):
-    explain.print_more_bits(grid(*rows))
+    explain.print_more_bits(grid(*rows), {"GPTQ": True})
     assert re.findall(r"More bits give fewer dB: \w+ [\d.]+, \w+ [\d.]+\. ", capsys.readouterr().out) == [
         words] * (words is not None)
+    explain.print_more_bits(grid(*rows), {"GPTQ": False})                   # which is what it says is the reason
+    assert capsys.readouterr().out == ""
 
 
 # the run
@@ -692,8 +721,9 @@ def test_other_recipes_other_splits_and_odd_names(place):
 
 
 def refuse(place, *words, **constants):
-    status, _, err = explained(place, **constants)
+    status, out, err = explained(place, **constants)
     one_line(status, err, *words)
+    return out
 
 
 def test_bad_input_ends_it_with_one_line_and_leaves_what_was_there(place, tmp_path):
@@ -704,6 +734,7 @@ def test_bad_input_ends_it_with_one_line_and_leaves_what_was_there(place, tmp_pa
     refuse(place, "BIT = 9", "2 to 8", BIT=9)
     refuse(place, "no checkpoint", "set CHECKPOINT", CHECKPOINT="nowhere.pth.tar")
     refuse(place, "no folder", "DATA_DIR", DATA_DIR="nowhere")
+    assert "Top1" not in refuse(place, "cannot write", "set OUTPUT_DIR", OUTPUT_DIR="BEST_checkpoint.pth.tar")
     assert place.files() == before
 
 
@@ -835,7 +866,7 @@ def drawn(report, fp32, int8, folder, monkeypatch, histograms=None):
 
 
 FULL_GRID = [{"WEIGHT_BIT": w, "file_bytes": 10_424_286, "cells": [
-    {"BIT": a, "agreement": 0.99856, "sqnr_db": None if a == w == 8 else 6 * min(a, w) - 21.35, "top1": 95.0}
+    {"BIT": a, "agreement": 0.99856, "sqnr_db": None if a == w == 8 else 2.5 * a + 3 * w - 21.35, "top1": 95.0}
     for a in range(8, 1, -1)]} for w in range(8, 1, -1)]
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-
 import quantize_catdog as script
+import torch
 
 onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
@@ -20,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_engines  # noqa: E402
-import export_onnx      # noqa: E402
+import export_onnx  # noqa: E402
 
 # without what finds better integers: that takes time, and is nothing to how they are written
 FAST = dict(HEADROOM=1, EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False)

@@ -13,12 +13,23 @@ import zlib
 
 import numpy as np
 import pytest
+import quantize_catdog as script
 import torch
 from PIL import Image, ImageFilter
 
-import quantize_catdog as script
-from test_script import (PICTURES, ROOT, SIZE, Hostile, Place, one_thread, png_header_that_promises,    # noqa: F401
-                         quantized, refused, run_here, state)
+from test_script import (  # noqa: F401
+    PICTURES,
+    ROOT,
+    SIZE,
+    Hostile,
+    Place,
+    one_thread,
+    png_header_that_promises,
+    quantized,
+    refused,
+    run_here,
+    state,
+)
 
 SEED = 20              # of all mutations
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")        # as the script ignores them
@@ -533,8 +544,11 @@ def done(tmp_path_factory):
 def started(script, **environment):
     """The process of a run that writes into two pipes, as Python does it where nothing else is asked for."""
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=usual | environment)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # tests in the background: it is ignored
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=usual | environment)
+    signal.signal(signal.SIGINT, before)
+    return process
 
 
 def stopped(process, place, before):

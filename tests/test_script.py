@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quantize_catdog
 import torch
 from PIL import Image
 
 import oracle
-import quantize_catdog
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "cat_dog" / "val"
@@ -70,7 +70,7 @@ class Place:
         script = self.folder / "quantize_catdog.py"
         text = (ROOT / "quantize_catdog.py").read_text()
         for name, value in constants.items():
-            text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", text)
+            text, count = re.subn(rf"(?m)^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, text)
             assert count == 1, f"{name} is not one assignment on one line"
         script.write_text(text)
         return script

@@ -1,9 +1,9 @@
 """What the summary says of two networks' answers: what changed, whether it is more than chance, names of any kind."""
 import pytest
+import quantize_catdog as script
 import torch
 
-import quantize_catdog as script
-from test_arithmetic import one_thread      # noqa: F401, a fixture
+from test_arithmetic import one_thread  # noqa: F401, a fixture
 from test_script import Place
 
 

@@ -37,9 +37,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from compare_notebook import code_of, cpu_name, network_of
 
 import quantize_catdog as script
-from compare_notebook import code_of, cpu_name, network_of
 
 OURS = "this script INT8"
 

@@ -381,7 +381,8 @@ def follow(folded, int8_model, pixels, layer, spot):
             "limits": [0 if layer.is_conv else to.low, to.high], "result": result.item()}
     value = real(int8_model, layer.place, result).item() / factor
     return {"layer": layer.name, "spot": list(spot), "fp32": fp32, "int8": int8, "factor": factor,
-            "input_factor": factors[layer.source][0].item(), "value": value, "error": value - fp32["value"],
+            "input_factor": factors[layer.source][0].item(), "value": value,
+            "error": value - fp32["value"],
             "step": 1 / scale_out / factor if rounded else None, "pooled": pooled}
 
 
@@ -409,7 +410,7 @@ def bits_row(folded, calibration_pixels, evaluation, fp32, weight_bit):
 # The tables, in lines of at most 100 characters
 
 def decimal(value):
-    return "exact" if value is None else f"{value:.1f}"
+    return "exact" if value is None else f"{round(value, 1) + 0:.1f}"      # + 0: no -0.0
 
 
 def fewer_db(row, other):
@@ -482,7 +483,7 @@ def print_fewer_db(curve):
     else:
         coarser = ", ".join(f"{place} {n}" for place, n in row["coarser"].items() if n)
         print("a range can only grow, and a wider one, of a place or with\nEQUALIZE of a channel, "
-              f"has coarser steps. Channels with coarser steps: {coarser}.")
+              f"has coarser steps.\nChannels with coarser steps: {coarser}.")
 
 
 def products(inputs, weights):
@@ -514,8 +515,8 @@ def print_followed(row):
     if undone:
         print(f"  EQUALIZE multiplies the first input by {row['input_factor']:.6g}, so divides its "
               "weight")
-    print(f"  weights  {fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = {weight:.5g} became "
-          f"{int8['weights'][0]}{choice}, and so on\n"
+    print(f"  weights  {fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = {weight:.5g} "
+          f"became {int8['weights'][0]}{choice}, and so on\n"
           f"  bias     {fp32['bias']:.6g}{times} x {scale:.6g} x {scale_in:.6g} = "
           f"{bias * scale_in:.6g} became {int8['uncorrected_bias']}")
     if int8["bias"] != int8["uncorrected_bias"]:
@@ -549,13 +550,13 @@ def print_bits_row(row):
     print(f"W{row['WEIGHT_BIT']:<6}{same}{row['file_bytes']:>16,}\n       {sqnr}")
 
 
-def print_more_bits(bits):
-    """Why more bits gave fewer dB, where they did; for a recipe with GPTQ."""
+def print_more_bits(bits, recipe):
+    """Why more bits gave fewer dB, where they did. Without GPTQ they hardly do."""
     cells = {(row["WEIGHT_BIT"], cell["BIT"]): cell for row in bits for cell in row["cells"]}
     pairs = [(less, (w, a)) for w, a in cells for less in ((w - 1, a), (w, a - 1)) if less in cells]
     lost, less, more = max(((fewer_db(cells[less], cells[more]), less, more)
                             for less, more in pairs), default=(0, None, None))
-    if lost:
+    if lost and recipe["GPTQ"]:
         print("More bits give fewer dB: W{}A{} {:.1f}, ".format(*more, cells[more]["sqnr_db"])
               + "W{}A{} {:.1f}. ".format(*less, cells[less]["sqnr_db"])
               + "For each cell GPTQ rounds the weights\nanew, by what the activations are like "
@@ -792,8 +793,7 @@ def main():
             row = bits_row(folded, calibration_pixels, evaluation, fp32, weight_bit)
             print_bits_row(row)
             report["bits"].append(row)
-        if recipe["GPTQ"]:
-            print_more_bits(report["bits"])
+        print_more_bits(report["bits"], recipe)
 
     picture = draw_report(report, histograms, fp32, int8, evaluation.folder)
     report_json = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()

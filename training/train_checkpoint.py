@@ -36,7 +36,7 @@ from draw_cat_dog import draw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # pictures and labels as it sees them
-import quantize_catdog as script    # noqa: E402
+import quantize_catdog as script  # noqa: E402
 
 PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels alike
 TRAINING_SEEDS = 1_000_000_000          # drawings of the training set start at this seed

@@ -1,0 +1,132 @@
+"""What README.md and docs/results.md say is what runs: snippets, printed lines, figures; and who imports whom."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from test_script import ROOT, Place
+
+README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+MEASURED = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")       # a figure
+
+
+def blocks(text, language=""):
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", text)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder as README's reader has it, after its first command."""
+    place = Place(tmp_path_factory.mktemp("reader"), 100)
+    (place.folder / "tools").mkdir()
+    for file in (ROOT / "tools").glob("*.py"):
+        (place.folder / "tools" / file.name).write_bytes(file.read_bytes())
+    place.printed = place.report()[1]
+    return place
+
+
+def run(place, *command):
+    done = subprocess.run([sys.executable, *command], cwd=place.folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_same_but_for_digits(found, expected, share):
+    """The same words, and figures as near as a share of them."""
+    assert MEASURED.sub("#", found) == MEASURED.sub("#", expected)
+    for a, b in zip(MEASURED.findall(found), MEASURED.findall(expected)):
+        a, b = float(a.replace(",", "")), float(b.replace(",", ""))
+        assert a == pytest.approx(b, rel=share, abs=1e-4), (found, expected)
+
+
+def test_summary_is_what_the_run_prints(place):
+    """Figures but for the times, which are this machine's."""
+    shown = next(block for block in blocks(README) if block.startswith("Summary")).splitlines()
+    printed = place.printed.splitlines()
+    printed = printed[printed.index(next(line for line in printed if line.startswith("Summary"))):][:len(shown)]
+    timed = re.compile(r"(?<=%)( +)[\d.]+(?= +[\d,]+$)|[\d.]+(?= times)")
+    assert len(shown) >= 7
+    for a, b in zip(printed, shown):
+        assert_same_but_for_digits(timed.sub("#", a), timed.sub("#", b), 0.02)
+
+
+def test_value_followed_is_what_explain_prints(place):
+    shown = next(block for block in blocks(README) if block.startswith("One value followed"))
+    printed = run(place, "tools/explain.py")
+    assert_same_but_for_digits(printed[printed.index("One value followed"):][:len(shown)], shown, 0.05)
+    assert (place.folder / "results" / "report.png").exists()
+
+
+def test_snippets_run(place):
+    snippets = [block for block in blocks(README, "python") if "onnxruntime" not in block]       # see test_export
+    assert len(snippets) == 2
+    assert run(place, "-c", snippets[0]).startswith("('cat', [")
+    assert float(run(place, "-c", snippets[1]).splitlines()[-1]) == pytest.approx(95)
+
+
+def test_recipes_of_the_results_run(place):
+    """The snippet that made the table, on the drawings: a row for each of the table's."""
+    snippet, = blocks(RESULTS, "python")
+    rows = [line for line in run(place, "-c", snippet).splitlines() if line.startswith("| ")]
+    names = [row.split("|")[1] for row in rows]
+    table = [line.split("|")[1] for line in RESULTS.splitlines() if line.startswith("| ") and line.count("|") == 8]
+    assert len(rows) > 15 and names == table
+    assert rows[1].split("|")[2:5] == [" 95.0 % ", " 95.0 % ", " 100.0 % "]
+
+
+def test_figures_of_the_readme_are_in_the_results():
+    """The rows of README's table of results, each as it stands there, cells in order."""
+    section = README[README.index("## Results"):README.index("## Keep it")]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 5
+    for row in rows:
+        assert row.rstrip("| ") in RESULTS, row
+    for figure in re.findall(r"\d+\.\d+", section):
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", RESULTS), figure
+
+
+def test_constants_table_has_every_constant():
+    import quantize_catdog
+    section = README[README.index("## Constants"):README.index("## Results")]
+    for name, default in (quantize_catdog.DEFAULTS | quantize_catdog.DEFAULT_RECIPE).items():
+        assert f"`{name}`" in section, name
+        if name != "NUM_WORKERS":
+            shown = f'"{default}"' if isinstance(default, str) else repr(default)
+            assert f"`{shown}`" in next(line for line in section.splitlines() if f"`{name}`" in line), name
+
+
+def imported(path):
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_script_imports_its_four_packages_alone():
+    assert imported(ROOT / "quantize_catdog.py") - sys.stdlib_module_names == {"torch", "numpy", "PIL", "torchnet"}
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "tools").glob("*.py"), *(ROOT / "training").glob("*.py")],
+                         ids=lambda path: path.name)
+def test_tools_reach_into_the_script_by_its_names(path):
+    """By the module, and by names that it has and that are not private."""
+    import quantize_catdog
+    tree = ast.parse(path.read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name) and node.value.id == "script"}
+    assert used or path.name == "draw_cat_dog.py" or "quantize_catdog" not in imported(path)
+    assert [name for name in used if name.startswith("_") or not hasattr(quantize_catdog, name)] == []
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == "quantize_catdog" for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "training/README.md"])
+def test_files_that_the_docs_name_are_there(name):
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"`((?:tools|training|tests|docs|cat_dog)/[\w./]*)`|\]\((docs/[\w.]+)\)", text):
+        assert (ROOT / (path[0] or path[1])).exists(), path

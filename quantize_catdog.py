@@ -243,7 +243,7 @@ class CatDogDataset:
 
     def __init__(self, folder):
         self.folder, self.files, self.labels, self.skipped = Path(folder), [], [], {}
-        if not self.folder.is_dir() or not os.access(self.folder, os.R_OK):
+        if not os.path.isdir(self.folder) or not os.access(self.folder, os.R_OK):
             raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, "
                              "... there, or set DATA_DIR and the splits")
         for file in sorted(self.names(), key=self.numbers_first):
@@ -954,7 +954,7 @@ def tensors_of(module):
 def read_checkpoint(path):
     """({name: tensor}, the recipe or None) of a checkpoint."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no checkpoint {path}: put the file there or set CHECKPOINT")
     try:
         if path.stat().st_size > LARGEST_CHECKPOINT:
@@ -1065,7 +1065,7 @@ def write_files(folder, contents):
         raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
     finally:
         for path in temporary.values():
-            if path.exists():
+            if os.path.exists(path):
                 path.unlink()
 
 
@@ -1461,7 +1461,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     exact = choose_engine(int8_model, pixels)
-    print(f"INT8 engine {int8_model.engine}: {exact['why']}")
+    print(f"{name_of(recipe)} engine {int8_model.engine}: {exact['why']}")
     print(f"{exact['compared']:,} values of {len(pixels)} pictures compared, "
           f"{exact['different']:,} differ")
     ms = time_networks({"fp32": folded, "int8": int8_model}, pixels[:BATCH_SIZE])
@@ -1506,5 +1506,5 @@ if __name__ == "__main__":
     write_files(output, {"INT8_checkpoint.pth.tar": checkpoint, "report.json": report_json})
     kept = INT8_Model.load(output / "INT8_checkpoint.pth.tar")
     change = largest_change(int8_model, kept, pixels)
-    print(f"loaded back, the INT8 checkpoint changes a logit by {change:g}")
+    print(f"loaded back, the {name_of(recipe)} checkpoint changes a logit by {change:g}")
     print(f"wrote {output}/INT8_checkpoint.pth.tar and report.json")

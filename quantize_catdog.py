@@ -62,6 +62,7 @@ import io
 import json
 import math
 import re
+import textwrap
 import time
 import warnings
 import zipfile
@@ -1287,7 +1288,8 @@ def against_before(before, report):
                   f"{report['int8']['top1']:.1f} %, same class {100 * before['agreement']:.1f} -> "
                   f"{100 * report['agreement']:.1f} %, logit SQNR {db(before['logit_sqnr_db'])} -> "
                   f"{db(report['logit_sqnr_db'])}")
-    return f"against the run before: {', '.join(edits) or 'the same constants'}:\n  {change}"
+    edited = f"against the run before: {', '.join(edits) or 'the same constants'}:"
+    return f"{textwrap.fill(edited, 100, subsequent_indent='  ')}\n  {change}"
 
 
 def print_against(path, report):
@@ -1359,7 +1361,7 @@ def print_summary(report):
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
           f"{db(report['logit_sqnr_db'])}, {name} {report['speedup']:.1f} times as fast")
     if name != "INT8":
-        print("Fewer bits than 8 make a smaller file; they make nothing faster.")
+        print("Weights of fewer bits make a smaller file; if 8 bits have kernels, nothing faster.")
     for label, row in networks:
         (cats, cats_as_dogs), (dogs_as_cats, dogs) = row["confusion"]
         print(f"{label}: {cats + cats_as_dogs} cats, {cats_as_dogs} of them called dogs; "

@@ -536,9 +536,11 @@ class CNN_Model(nn.Module):
 
     def update_range(self, place, data):
         """The observer, as `at`: range = max(range, |data|). data: (N, C, h, w) or (N, C)."""
-        largest = data.abs()
-        if data.dim() == 4:         # rows first, channels last as they lie in memory: fastest
-            largest = largest.permute(0, 2, 3, 1).amax(1).amax(1)
+        if data.dim() == 4:         # rows first, channels last as in memory; |data| would copy it
+            rows = data.permute(0, 2, 3, 1)
+            largest = torch.maximum(rows.amax(1), -rows.amin(1)).amax(1)
+        else:
+            largest = data.abs()
         range_data = self.range_at(place)
         torch.maximum(range_data, largest.amax(0), out=range_data)
         return data

@@ -478,6 +478,14 @@ class MaxPool2d(nn.MaxPool2d):
         return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 
+def largest_magnitudes(data):
+    """(N, C, height, width) or (N, C) -> the largest |value| in each picture's channels, (N, C)."""
+    if data.dim() == 2:
+        return data.abs()
+    rows = data.permute(0, 2, 3, 1)     # channels last as in memory; |data| would copy it
+    return torch.maximum(rows.amax(1), -rows.amin(1)).amax(1)
+
+
 def unwatched(place, values):
     """The `at` of a forward that nobody looks at."""
     return values
@@ -536,13 +544,8 @@ class CNN_Model(nn.Module):
 
     def update_range(self, place, data):
         """The observer, as `at`: range = max(range, |data|). data: (N, C, h, w) or (N, C)."""
-        if data.dim() == 4:         # rows first, channels last as in memory; |data| would copy it
-            rows = data.permute(0, 2, 3, 1)
-            largest = torch.maximum(rows.amax(1), -rows.amin(1)).amax(1)
-        else:
-            largest = data.abs()
         range_data = self.range_at(place)
-        torch.maximum(range_data, largest.amax(0), out=range_data)
+        torch.maximum(range_data, largest_magnitudes(data).amax(0), out=range_data)
         return data
 
     @torch.no_grad()
@@ -890,6 +893,8 @@ def refine(int8_model, fp32_model, pixels):
     moves by the mean error of its output (Nagel et al. 2019, section 4.2).
     """
     recipe, chunks = int8_model.recipe, pixels.split(CHUNK)
+    if not (recipe["GPTQ"] or recipe["BIAS_CORRECTION"]):
+        return
     fp32_values = [values_at(fp32_model, chunk) for chunk in chunks]
     inputs = [int8_model.quantize_pixels(chunk) for chunk in chunks]
     for layer in LAYERS:
@@ -1218,11 +1223,15 @@ def time_networks(networks, pixels):
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
 
 
+def decibels(signal, noise):
+    """Ratio of two energies in dB; None when there is no noise."""
+    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
+
+
 def sqnr_db(signal, changed):
     """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
     signal, changed = signal.double(), changed.double()
-    noise = (signal - changed).square().sum().item()
-    return 10 * math.log10(max(signal.square().sum().item() / noise, 1e-300)) if noise else None
+    return decibels(signal.square().sum().item(), (signal - changed).square().sum().item())
 
 
 def wilson(correct, n, z=1.959964):

@@ -77,11 +77,6 @@ def energy(x):
     return (norm if norm < math.inf else torch.linalg.vector_norm(x.double()).item())**2
 
 
-def decibels(signal, noise):
-    """Ratio of two energies in dB; None when there is no noise."""
-    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
-
-
 def real(int8_model, place, integers):
     """The numbers that a place's integers stand for; logits that stay FP32 are these already."""
     return integers if int8_model.is_fp32(place) else integers / int8_model.scale_at(place)
@@ -115,10 +110,8 @@ def calibrate_by_picture(folded, pictures):
     seen = Counter()
 
     def observe(place, values):
-        largest = values.abs()
-        if values.dim() == 4:
-            largest = largest.permute(0, 2, 3, 1).amax(1).amax(1)
-        maxima[place][seen[place]:seen[place] + len(values)] = largest
+        rows = slice(seen[place], seen[place] + len(values))
+        maxima[place][rows] = script.largest_magnitudes(values)
         seen[place] += len(values)
         return values
 
@@ -213,9 +206,9 @@ def error_ledger(fp32_model, int8_model, pixels):
 
     ledger = []
     for place, layer in zip(script.PLACES, [None, *script.LAYERS]):
-        sqnr = {kind: decibels(energies[place, "signal"], energies[place, kind])
+        sqnr = {kind: script.decibels(energies[place, "signal"], energies[place, kind])
                 for kind in ("int8", "inherited", "born", "weights", "biases", "rounding")}
-        sqnr["logits"] = decibels(energies["fc2", "signal"], energies[place, "logits"])
+        sqnr["logits"] = script.decibels(energies["fc2", "signal"], energies[place, "logits"])
         row = {"name": layer.name if layer else "input", "sqnr_db": sqnr,
                "clipped": None, "codes_used": None, "codes": None, "hurts_most": False}
         if place in codes:

@@ -674,19 +674,20 @@ def test_full_disk(tmp_path):
 # scale
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
-    """Eight times as many pictures, of which KEEP_BYTES lets 40 MB be kept."""
+    """Four times as many, of which KEEP_BYTES lets 10 MB be kept. With a small SAMPLE: the maps of its pictures take
+    more than all else, by 200 MB more in one run than in the next."""
     memory = []
-    for count in (300, 2400):
+    for count in (300, 1200):
         place = Place(tmp_path / str(count), 2)
         with Image.open(PICTURES / "cat.0.jpg") as image:
             image.resize((64, 64)).save(place.val / "cat.1.jpg")
         for i in range(2, count):
             os.link(place.val / "cat.1.jpg", place.val / f"{'cat' if i % 2 else 'dog'}.{i}.jpg")
-        status, err, most = run_measured(place, KEEP_BYTES=4 * 10**7)
+        status, err, most = run_measured(place, KEEP_BYTES=10**7, SAMPLE=2)
         assert (status, err) == (0, "")
         assert place.last_report()["images"]["evaluated"] == count + 1
         memory.append(most)
-    assert memory[1] < memory[0] + 150 * MEGABYTE, memory       # what is decoded takes 316 MB more
+    assert memory[1] < memory[0] + 50 * MEGABYTE, memory        # what is decoded takes 135 MB more
 
 
 def test_crc_is_what_zip_says(tmp_path):

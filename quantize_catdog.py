@@ -1182,18 +1182,18 @@ def choose_engine(int8_model, pixels):
     try:
         saturate = kernels_saturate(int8_model.recipe)
     except (AttributeError, RuntimeError) as error:
-        why = f"no INT8 kernels here ({' '.join(str(error).split())[:60]})"
         if INT8_ENGINE == "onednn":
-            raise InputError(f'INT8_ENGINE = "onednn": {why}; set it to "auto"') from None
-        return {"compared": 0, "different": 0, "why": why}
+            reason = " ".join(str(error).split())
+            raise InputError(f'INT8_ENGINE = "onednn": no INT8 kernels here ({reason}); set it to '
+                             '"auto"') from None
+        return {"compared": 0, "different": 0, "why": "no INT8 kernels here"}
     expected = values_at(int8_model, pixels)
     int8_model.engine = "onednn"
     found = values_at(int8_model, pixels)
     compared = sum(values.numel() for values in expected.values())
     different = sum(int((found[place] != values).sum()) for place, values in expected.items())
     if saturate:
-        why = ("this CPU's kernels add pairs of products in 16 bits; WEIGHT_BIT = 7 makes room, "
-               "and the kernels run")
+        why = "kernels overflow 16 bits here, not with WEIGHT_BIT = 7"
     elif different:
         why = "this CPU's kernels give other integers"
     else:
@@ -1295,12 +1295,12 @@ def against_before(before, report):
     if others:
         change = f"other {', other '.join(others)}, so the figures cannot be compared"
     else:
-        change = (f"{name_of(report['recipe'])} Top1 {before['int8']['top1']:.1f} -> "
-                  f"{report['int8']['top1']:.1f} %, same class {100 * before['agreement']:.1f} -> "
-                  f"{100 * report['agreement']:.1f} %, logit SQNR {db(before['logit_sqnr_db'])} -> "
-                  f"{db(report['logit_sqnr_db'])}")
+        change = "Top1 {:.1f} -> {:.1f} %, same class {:.1f} -> {:.1f} %, SQNR {} -> {}".format(
+            before["int8"]["top1"], report["int8"]["top1"],
+            100 * before["agreement"], 100 * report["agreement"],
+            db(before["logit_sqnr_db"]), db(report["logit_sqnr_db"]))
     edited = f"against the run before: {', '.join(edits) or 'the same constants'}:"
-    return f"{textwrap.fill(edited, 100, subsequent_indent='  ')}\n  {change}"
+    return f"{textwrap.fill(edited, 80, subsequent_indent='  ')}\n  {change}"
 
 
 def print_against(path, report):
@@ -1348,52 +1348,51 @@ def layer_rows(int8_model):
 
 def print_layers(rows):
     """The table of `layer_rows`."""
-    print("layer  weight shape     range kept  scale in   scale out  weight scale        "
-          "accumulator bits")
+    print("layer  weight shape  range     scale in  scale out  weight scale        max sum")
     for row in rows:
         low, high = min(row["weight_scale"]), max(row["weight_scale"])
-        shape = " x ".join(map(str, row["shape"]))
+        shape = "x".join(map(str, row["shape"]))
         scale_out = "FP32" if row["scale_out"] is None else f"{row['scale_out']:.5g}"
         scales = f"{low:.5g} .. {high:.5g}" if high > low else f"{low:.5g}"
-        print(f"{row['name']:<6} {shape:<16} {row['range']:<11.5g} {row['scale_in']:<10.5g} "
-              f"{scale_out:<10} {scales:<19} {row['accumulator_bits']:>16}")
+        print(f"{row['name']:<5}  {shape:<12}  {row['range']:<8.5g}  {row['scale_in']:<8.5g}  "
+              f"{scale_out:<9}  {scales:<18}  {row['accumulator_bits']:>3} bits")
 
 
 def print_summary(report):
-    """The figures of a report, in lines of at most 100 characters."""
+    """The figures of a report, in lines of at most 80 characters."""
     pictures, name = report["images"]["evaluated"], name_of(report["recipe"])
     networks = (("FP32", report["fp32"]), (name, report["int8"]))
-    print("\nSummary     Top1               right     95 % interval   ms a picture   bytes of file")
+    print("\nSummary      Top1              right   95 % interval  ms a picture    file bytes")
     for label, row in networks:
         low, high = row["interval95"]
         right, interval = f"{row['correct']:,} of {pictures:,}", f"{low:.1f} to {high:.1f} %"
-        print(f"{label:<7}{row['top1']:>8.3f} %{right:>20}{interval:>18}"
-              f"{row['ms_per_image']:>15.2f}{row['file_bytes']:>16,}")
+        print(f"{label:<7}{row['top1']:>8.3f} %{right:>19}{interval:>16}"
+              f"{row['ms_per_image']:>14.2f}{row['file_bytes']:>14,}")
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
           f"{db(report['logit_sqnr_db'])}, {name} {report['speedup']:.1f} times as fast")
     if name != "INT8":
-        print("Weights of fewer bits make a smaller file; if 8 bits have kernels, nothing faster.")
+        print("Weights of fewer bits make a smaller file; if 8 have kernels, nothing faster.")
     for label, row in networks:
         (cats, cats_as_dogs), (dogs_as_cats, dogs) = row["confusion"]
         print(f"{label}: {cats + cats_as_dogs} cats, {cats_as_dogs} of them called dogs; "
               f"{dogs + dogs_as_cats} dogs, {dogs_as_cats} called cats")
     test = report["mcnemar"]
-    verdict = "that can be chance" if test["p"] >= 0.05 else "more than chance"
-    print(f"{name} corrects {test['gained']} and spoils {test['lost']} of FP32's answers: "
-          f"{verdict} (McNemar's exact test, p = {test['p']:.2g})")
+    verdict = "can be chance" if test["p"] >= 0.05 else "more than chance"
+    print(f"{name} corrects {test['gained']} and spoils {test['lost']} FP32 answers: {verdict} "
+          f"(McNemar's p = {test['p']:.2g})")
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
           "were left out")
     for flip in report["flips"][:LISTED]:
         effect = "better" if flip["better"] else "worse"
         (cat, dog), (cat8, dog8) = flip["fp32_logits"], flip["int8_logits"]
-        print(f"  {shown(flip['file'], 60)} ({flip['label']}), for the {effect}\n"
+        print(f"  {shown(flip['file'], 54)} ({flip['label']}), for the {effect}\n"
               f"    FP32 cat {cat:.3f} dog {dog:.3f}, margin {flip['fp32_margin']:.3f}; "
               f"{name} cat {cat8:.3f} dog {dog8:.3f}")
     for row in report["skipped"][:LISTED]:
         reason = printable(row["reason"])
-        if len(reason) > 96:
-            reason = f"{reason[:93]}..."
-        print(f"  {shown(row['file'], 98)}\n    {reason}")
+        if len(reason) > 76:
+            reason = f"{reason[:73]}..."
+        print(f"  {shown(row['file'], 78)}\n    {reason}")
     if max(len(report["flips"]), len(report["skipped"])) > LISTED:
         print(f"  (at most {LISTED} of a kind are shown here; all are in report.json)")
 

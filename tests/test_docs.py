@@ -52,6 +52,13 @@ def test_summary_is_what_the_run_prints(place):
         assert_same_but_for_digits(timed.sub("#", a), timed.sub("#", b), 0.02)
 
 
+def test_run_fits_a_terminal_of_80_columns(place):
+    """All but the network as torch prints it, and lines with a path in them, which may be of any length."""
+    long = [line for line in place.printed.splitlines() if len(line) > 80 and str(place.folder) not in line]
+    assert all(re.match(r"  \((bn|maxpool)\d\): ", line) for line in long), long
+    assert all(len(line) <= 80 for block in blocks(README) for line in block.splitlines())
+
+
 def test_value_followed_is_what_explain_prints(place):
     shown = next(block for block in blocks(README) if block.startswith("One value followed"))
     printed = run(place, "tools/explain.py")

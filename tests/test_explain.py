@@ -369,11 +369,11 @@ def test_from_which_picture_on_nothing_changes(capsys, as_last, words):
     out = capsys.readouterr().out
     assert f"after picture 6 of 7 no range grows; {words}\n" in out
     assert "input          4          2           2.0       6 cat.6.jpg\n" in out
-    assert "the values of 3 pictures" in out and "INT8 against FP32 on 9\n" in out
+    assert "the values of 3 pictures\n" in out and "INT8 against FP32 on 9\n" in out
 
 
-WIDER = "a range can only grow, and a wider one, of a place or with\nEQUALIZE of a channel, has coarser steps.\n"
-OTHERS = "not only their ranges differ, but also\nwhat GPTQ and bias correction, which look at 20 at most, have seen.\n"
+WIDER = "a range can only grow, and a wider one, of a place or with EQUALIZE of a channel, has coarser steps. "
+OTHERS = "not only their ranges differ, but also what GPTQ and bias correction, which look at 20 at most, have seen. "
 
 
 @pytest.mark.parametrize("sqnr, words", [
@@ -386,11 +386,12 @@ OTHERS = "not only their ranges differ, but also\nwhat GPTQ and bias correction,
 def test_curve_says_why_more_pictures_give_fewer_db(capsys, sqnr, words):
     curve = curve_rows((10, 50, 100, 200), sqnr, coarser=dict(zip(PLACES, (3, 16, 0, 16, 8, 512, 2))))
     explain.print_curve(curve, sources(1), 9)
-    out = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    out = "".join(f"{line} " for line in lines)
     assert ("fewer dB" in out) == (words is not None) and (words or "") in out
-    channels = "Channels with coarser steps: input 3, cv1 16, cv3 16, cv4 8, fc1 512, fc2 2.\n"
+    channels = "Channels with coarser steps: input 3, cv1 16, cv3 16, cv4 8, fc1 512, fc2 2. "
     assert (channels in out) == (WIDER in (words or ""))
-    assert all(len(line) <= 100 for line in out.splitlines())
+    assert all(len(line) <= 80 for line in lines)
 
 
 # one value followed
@@ -498,20 +499,22 @@ def test_each_line_of_a_value_followed_can_be_checked_with_a_calculator(followed
 
     for layer, row in followed.rows.items():
         explain.print_followed({"file": "cat.3.jpg", **row})
-        out = capsys.readouterr().out.splitlines()
+        out = capsys.readouterr().out
         fp32, int8, spot = row["fp32"], row["int8"], ", ".join(
             f"{name} {i}" for name, i in zip(("channel", "row", "column"), row["spot"]))
-        assert max(map(len, out)) <= 100
-        assert out[1] == f"One value followed: {layer.name}'s {spot} (from 0) of cat.3.jpg"
+        assert max(map(len, out.splitlines())) <= 80
+        out = re.sub(r"\n {11}(?!bias )", " ", out).splitlines()                   # what was wrapped
+        assert out[1:3] == [f"One value followed: {layer.name}'s {spot} (from 0)", "  picture  cat.3.jpg"]
         terms = {"FP32": fp32, "int32": int8}
         for label, side in terms.items():
             line = next(line for line in out if line.startswith(f"  {label:<9}"))[11:]
             shown = [float(x) for x in re.findall(r"(?<![\w.])-?\d[\d.]*(?:e-\d+)?", line)][:6]
             expected = [side[kind][i] for i in (0, 1, -1) for kind in ("inputs", "weights")]
             assert shown == pytest.approx(expected, rel=5e-5), line
-        lines = {line[2:11].strip(): line[11:] for line in out[4:]}
-        assert out[3] == (f"           {len(fp32['inputs'])} products (in explain.json), sum {fp32['sum']:.6g}; "
-                          f"bias {fp32['bias']:.6g}; {'ReLU: ' if layer.is_conv else ''}{fp32['value']:.6g}")
+        lines = {line[2:11].strip(): line[11:] for line in out[5:]}
+        assert out[3].endswith(f" = {fp32['sum']:.6g}, {len(fp32['inputs'])} products")
+        assert out[4] == (f"           bias {fp32['bias']:.6g}; "
+                          f"{'ReLU: ' if layer.is_conv else ''}{fp32['value']:.6g}")
         assert float(f"{fp32['sum']:.6g}") + float(f"{fp32['bias']:.6g}") == pytest.approx(fp32["value"], abs=2e-5)
 
         rescaled = f"  EQUALIZE multiplies the channel by {row['factor']:.6g}"
@@ -547,7 +550,7 @@ def test_each_line_of_a_value_followed_can_be_checked_with_a_calculator(followed
             assert lines["pooling"] == f"keeps {int8['result']}, the largest of {', '.join(map(str, row['pooled']))}"
 
 
-def test_values_followed_fit_in_100_characters_whatever_they_are(followed, capsys):
+def test_values_followed_fit_in_80_characters_whatever_they_are(followed, capsys):
     """Figures of other networks may have signs, exponents and more digits."""
     tiny, many = -1.234567e-5, -12_345_678
     for row in followed.rows.values():
@@ -560,8 +563,9 @@ def test_values_followed_fit_in_100_characters_whatever_they_are(followed, capsy
                                 "factor": 3.516421, "input_factor": 2.516421, "value": tiny, "error": tiny,
                                 "step": -tiny, "pooled": row["pooled"] and [255] * 4})
         lines = capsys.readouterr().out.splitlines()
-        assert [line for line in lines if len(line) > 100] == [] and max(map(len, lines)) > 90
-        assert any(" became -127 by GPTQ, " in line for line in lines)          # 443 is nearer to the product
+        assert [line for line in lines if len(line) > 80] == [] and max(map(len, lines)) > 75
+        out = re.sub(r"\n {11}", " ", "\n".join(lines))
+        assert " became -127 by GPTQ, " in out                      # 443 is nearer to the product
 
 
 # how many bits
@@ -639,7 +643,7 @@ def test_it_explains_the_network_of_the_run(swept):
 
 def test_run_says_it_in_the_terminal_too(swept):
     place, _, found, out = swept
-    assert all(len(line) <= 100 for line in out.splitlines() if str(place.folder) not in line)
+    assert all(len(line) <= 80 for line in out.splitlines() if str(place.folder) not in line)
     guilty = next(row for row in found["ledger"] if row["hurts_most"])
     marked = line_with(out, "* ")
     assert marked.startswith(guilty["name"]) and f"{guilty['sqnr_db']['logits']:.1f}*" in marked
@@ -657,7 +661,8 @@ def test_run_says_it_in_the_terminal_too(swept):
         assert line.endswith(f"{100 * row['agreement']:>8.2f} %  {script.db(row['sqnr_db']):>10}")
     assert [row["layer"] for row in found["followed"]] == ["cnn1", "fc2"]
     for row in found["followed"]:
-        assert line_with(out, f"followed: {row['layer']}'s channel {row['spot'][0]}").endswith(" of cat.0.jpg")
+        assert f"followed: {row['layer']}'s channel {row['spot'][0]}" in out
+    assert out.count("\n  picture  cat.0.jpg\n") == 2
     assert out.splitlines()[-1] == f"wrote {place.results}/report.png and explain.json"
 
 
@@ -711,7 +716,7 @@ def test_other_recipes_other_splits_and_odd_names(place):
     status, out, err = explained(place, QUANTIZE_LOGITS=True, EQUALIZE=False, GPTQ=False, WEIGHT_BIT=4,
                                  PER_CHANNEL=False, CALIBRATION_SPLIT="calibrate", IMAGE_SIZE=(213, 227))
     assert (status, err) == (0, ""), err
-    assert all(len(line) <= 100 for line in out.splitlines() if str(place.folder) not in line)
+    assert [line for line in out.splitlines() if len(line) > 80 and str(place.folder) not in line] == []
     found = json.loads((place.results / "explain.json").read_text())
     assert found["ledger"][-1]["codes"] == 255 and "stay FP32" not in out and "W4A8 Top1" in out
     assert found["ranges"][0]["number"] in (1, 2)

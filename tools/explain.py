@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import math
+import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -400,7 +401,11 @@ def bits_row(folded, calibration_pixels, evaluation, fp32, weight_bit):
     return row
 
 
-# The tables, in lines of at most 100 characters
+# The tables, in lines of at most 80 characters
+
+def print_wrapped(text, indent=0):
+    print(textwrap.fill(text, 80, subsequent_indent=" " * indent, break_on_hyphens=False))
+
 
 def decimal(value):
     return "exact" if value is None else f"{round(value, 1) + 0:.1f}"      # + 0: no -0.0
@@ -430,25 +435,27 @@ def print_ledger(ledger, pictures):
     if guilty:
         print(f"* hurts most: quantizing {guilty['name']} alone changes the logits most.")
     if guilty and guilty is not largest:
-        print(f"{largest['name']}'s own error is larger, but what counts is how much of it reaches "
-              "the logits: on the\nway, in sums over many values, errors of either sign cancel.")
+        print_wrapped(f"{largest['name']}'s own error is larger, but what counts is how much of it "
+                      "reaches the logits: on the way, in sums over many values, errors of either "
+                      "sign cancel.")
 
 
 def print_ranges(sources, pictures):
     """The table of `range_sources`."""
-    print("\nWhere do the ranges come from? 99.9 %: no more than that, of the values of "
-          f"{pictures} pictures\nplace      range     99.9 %  range / that  set by picture")
+    print("\nWhere do the ranges come from?\n"
+          f"99.9 %: no more than that, of the values of {pictures} pictures\n"
+          "place      range     99.9 %  range / that  set by picture")
     for row in sources:
         times = row["range"] / max(row["percentile999"], script.SMALLEST)
         print(f"{row['place']:<6} {row['range']:>9.5g}  {row['percentile999']:>9.4g}  "
-              f"{times:>12.1f}  {row['number']:>6} {script.shown(row['file'], 48)}")
+              f"{times:>12.1f}  {row['number']:>6} {script.shown(row['file'], 27)}")
 
 
 def print_curve(curve, sources, compared):
     """The table of `calibration_curve`, and why what puzzles in it is so."""
-    print("\nHow many calibration pictures are enough? Ranges in % of the last; INT8 against FP32 "
-          f"on {compared}\npictures {' '.join(f'{place:>5}' for place in script.PLACES)}  "
-          "same class  logit SQNR")
+    print("\nHow many calibration pictures are enough?\n"
+          f"Ranges in % of the last; INT8 against FP32 on {compared}\n"
+          f"pictures {' '.join(f'{place:>5}' for place in script.PLACES)}  same class  logit SQNR")
     for row in curve:
         ranges = " ".join(f"{100 * row['ranges'][place]:>5.1f}" for place in script.PLACES)
         print(f"{row['pictures']:>8} {ranges}  {100 * row['agreement']:>8.2f} %  "
@@ -469,24 +476,30 @@ def print_fewer_db(curve):
                             key=lambda found: found[0], default=(0, None, None))
     if not lost:
         return
-    print(f"{row['pictures']} pictures give fewer dB than {before['pictures']}: ", end="")
-    if before["pictures"] < script.SAMPLE:
-        print("not only their ranges differ, but also\nwhat GPTQ and bias correction, which look "
-              f"at {script.SAMPLE} at most, have seen.")
-    else:
+    why = ("not only their ranges differ, but also what GPTQ and bias correction, which look at "
+           f"{script.SAMPLE} at most, have seen.")
+    if before["pictures"] >= script.SAMPLE:
         coarser = ", ".join(f"{place} {n}" for place, n in row["coarser"].items() if n)
-        print("a range can only grow, and a wider one, of a place or with\nEQUALIZE of a channel, "
-              f"has coarser steps.\nChannels with coarser steps: {coarser}.")
+        why = ("a range can only grow, and a wider one, of a place or with EQUALIZE of a channel, "
+               f"has coarser steps. Channels with coarser steps: {coarser}.")
+    print_wrapped(f"{row['pictures']} pictures give fewer dB than {before['pictures']}: {why}")
 
 
 def products(inputs, weights):
-    """The first two and the last of many products, as text."""
+    """The first two of many products, and the last, as text."""
     first, second, *_, last = [f"{x:.5g} x {w:.5g}" for x, w in zip(inputs, weights)]
-    return f"{first} + {second} + ... + {last}"
+    return f"{first} + {second}", f"+ ... + {last}"
+
+
+def print_line(head, text):
+    print_wrapped(f"  {head:<9}{text}", indent=11)
 
 
 def print_followed(row):
-    """The figures of `follow`, such that a pocket calculator can check each line."""
+    """The figures of `follow`, such that a pocket calculator can check each line.
+
+    Of the products explain.json has all.
+    """
     fp32, int8 = row["fp32"], row["int8"]
     spot = ", ".join(f"{name} {i}" for name, i in zip(("channel", "row", "column"), row["spot"]))
     scale_in, scale = int8["scale_in"], int8["scale_weight"]
@@ -498,42 +511,44 @@ def print_followed(row):
     weight = fp32["weights"][0] * row["factor"] / row["input_factor"] * scale
     bias = fp32["bias"] * row["factor"] * scale
     choice = "" if round(weight) == int8["weights"][0] else " by GPTQ"
-    print(f"\nOne value followed: {row['layer']}'s {spot} (from 0) of "
-          f"{script.shown(row['file'], 28)}\n"
-          f"  FP32     {products(fp32['inputs'], fp32['weights'])}\n"
-          f"           {len(fp32['inputs'])} products (in explain.json), sum {fp32['sum']:.6g}; "
-          f"bias {fp32['bias']:.6g}; {'ReLU: ' if row['pooled'] else ''}{fp32['value']:.6g}")
+    print(f"\nOne value followed: {row['layer']}'s {spot} (from 0)")
+    print(f"  picture  {script.shown(row['file'], 69)}")
+    begin, end = products(fp32["inputs"], fp32["weights"])
+    print_line("FP32", begin)
+    print_line("", f"{end} = {fp32['sum']:.6g}, {len(fp32['inputs'])} products")
+    print_line("", f"bias {fp32['bias']:.6g}; {'ReLU: ' if row['pooled'] else ''}"
+                   f"{fp32['value']:.6g}")
     if times:
-        print(f"  EQUALIZE multiplies the channel by {row['factor']:.6g}")
+        print_line("EQUALIZE", f"multiplies the channel by {row['factor']:.6g}")
     if undone:
-        print(f"  EQUALIZE multiplies the first input by {row['input_factor']:.6g}, so divides its "
-              "weight")
-    print(f"  weights  {fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = {weight:.5g} "
-          f"became {int8['weights'][0]}{choice}, and so on\n"
-          f"  bias     {fp32['bias']:.6g}{times} x {scale:.6g} x {scale_in:.6g} = "
-          f"{bias * scale_in:.6g} became {int8['uncorrected_bias']}")
+        print_line("EQUALIZE", f"multiplies the first input by {row['input_factor']:.6g}, so "
+                               "divides its weight")
+    print_line("weights", f"{fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = "
+                          f"{weight:.5g} became {int8['weights'][0]}{choice}, and so on")
+    print_line("bias", f"{fp32['bias']:.6g}{times} x {scale:.6g} x {scale_in:.6g} = "
+                       f"{bias * scale_in:.6g} became {int8['uncorrected_bias']}")
     if int8["bias"] != int8["uncorrected_bias"]:
-        print(f"           bias correction made it {int8['bias']}")
-    print(f"  int32    {products(int8['inputs'], int8['weights'])} = {int8['sum']}\n"
-          f"  M        scale out / (in x weights) = {int8['scale_out'] or 1:.6g} / ({scale_in:.6g} "
-          f"x {scale:.6g}) = {int8['multiplier']:.6g}")
+        print_line("", f"bias correction made it {int8['bias']}")
+    print_line("int32", " ".join(products(int8["inputs"], int8["weights"])) + f" = {int8['sum']}")
+    print_line("M", f"scale out / (in x weights) = {int8['scale_out'] or 1:.6g} / ({scale_in:.6g} "
+                    f"x {scale:.6g}) = {int8['multiplier']:.6g}")
     scaled = f"{int8['sum']} x M + {int8['bias']} x M = {int8['unrounded']:.6g}"
     if row["step"]:
         low, high = int8["limits"]
-        print(f"  INT8     {scaled}; rounded, within {low} to {high}: {int8['result']}\n"
-              f"  back     {int8['result']} / {int8['scale_out']:.6g}{back} = {row['value']:.6g}")
+        print_line("INT8", f"{scaled}; rounded, within {low} to {high}: {int8['result']}")
+        print_line("back", f"{int8['result']} / {int8['scale_out']:.6g}{back} = {row['value']:.6g}")
     else:
-        print(f"  FP32     {scaled}: logits stay FP32")
-    print(f"  error    {row['value']:.6g} - {fp32['value']:.6g} = {row['error']:.4g}"
-          + (f"; a step is {row['step']:.4g}" if row["step"] else ""))
+        print_line("FP32", f"{scaled}: logits stay FP32")
+    print_line("error", f"{row['value']:.6g} - {fp32['value']:.6g} = {row['error']:.4g}"
+                        + (f"; a step is {row['step']:.4g}" if row["step"] else ""))
     if row["pooled"]:
-        print(f"  pooling  keeps {max(row['pooled'])}, the largest of "
-              f"{', '.join(map(str, row['pooled']))}")
+        print_line("pooling", f"keeps {max(row['pooled'])}, the largest of "
+                              f"{', '.join(map(str, row['pooled']))}")
 
 
 def print_bits_head(pictures):
-    print("\nHow many bits? Same class in % and, below it, logit SQNR in dB, on "
-          f"{pictures} pictures\nW8: weights of 8 bits; A8: activations of 8 bits\n       "
+    print(f"\nHow many bits? On {pictures} pictures; W8: weights of 8 bits, A8: activations of 8\n"
+          "Same class in % and, below it, logit SQNR in dB\n       "
           + "".join(f"{f'A{bit}':>8}" for bit in WIDTHS) + "   bytes of file")
 
 
@@ -550,10 +565,10 @@ def print_more_bits(bits, recipe):
     lost, less, more = max(((fewer_db(cells[less], cells[more]), less, more)
                             for less, more in pairs), default=(0, None, None))
     if lost and recipe["GPTQ"]:
-        print("More bits give fewer dB: W{}A{} {:.1f}, ".format(*more, cells[more]["sqnr_db"])
-              + "W{}A{} {:.1f}. ".format(*less, cells[less]["sqnr_db"])
-              + "For each cell GPTQ rounds the weights\nanew, by what the activations are like "
-              "then, and it is chance which rounding comes out better.")
+        fewer, higher = [f"W{w}A{a} {cells[w, a]['sqnr_db']:.1f}" for w, a in (more, less)]
+        print_wrapped(f"More bits give fewer dB: {fewer}, {higher}. For each cell GPTQ rounds the "
+                      "weights anew, by what the activations are like then, and it is chance which "
+                      "rounding comes out better.")
 
 
 # The picture. The colours are those of Okabe and Ito, which the colour-blind can tell apart.

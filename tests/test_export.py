@@ -343,8 +343,6 @@ def test_readme_classifies_a_picture_without_torch(exported, network, tmp_path):
     """Its lines, in a process in which torch cannot be imported."""
     blocks = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text())
     blocks = [block for block in blocks if "onnxruntime" in block]
-    if not blocks:
-        pytest.skip("README.md has no lines for onnxruntime yet")
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "INT8.onnx").write_bytes(exported[0].read_bytes())
     (tmp_path / "cat_dog").symlink_to(ROOT / "cat_dog")

@@ -397,6 +397,7 @@ def test_fewer_bits_have_their_own_name(place, usual):
                  r"Weights of fewer bits .*smaller file.* nothing faster\."):
         assert re.search(rf"(?m)^{line}$", out), line
     assert "WEIGHT_BIT = 4    # default: 8\n" in out and "fewer bits" not in usual[2]
+    assert "fewer bits" not in Place(place.folder / "W8A4").report(BIT=4)[1]        # whose weights have 8
     size = (place.results / "INT8_checkpoint.pth.tar").stat().st_size
     assert report["int8"]["file_bytes"] == size < 0.75 * usual[1]["int8"]["file_bytes"]
     names = {(8, 8): "INT8", (4, 8): "W4A8", (8, 4): "W8A4", (2, 2): "W2A2"}
@@ -526,7 +527,7 @@ def test_mistakes_of_our_own_are_no_broken_pictures(monkeypatch):
     """A name that does not exist, a size that is none: each comes out, and no file is left out because of it."""
     pictures = quantize_catdog.CatDogDataset(PICTURES)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(quantize_catdog, "IMAGE_SIZE", None)
+        patch.setattr(pictures, "size", None)
         list(pictures.batches())
     with monkeypatch.context() as patch, pytest.raises(NameError):
         patch.delattr(quantize_catdog, "np")
@@ -659,6 +660,9 @@ def test_largest_picture_size_runs_and_is_kept(place):
     with torch.no_grad():
         expected, other = [model(quantize_catdog.to_tensor([pixels]))[0].tolist() for pixels in (large, small)]
     assert model.predict(PICTURES / "cat.0.jpg")[1] == expected != other
+    # a folder of pictures too, whatever the constant is here
+    outcome = quantize_catdog.evaluate("", model, quantize_catdog.CatDogDataset(place.val, model.recipe["IMAGE_SIZE"]))
+    assert outcome.logits[outcome.files.index("cat.0.jpg")].tolist() == expected
 
 
 # results

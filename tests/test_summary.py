@@ -23,6 +23,21 @@ def test_mcnemar(gained, lost, p):
     assert script.mcnemar(gained, lost) == p
 
 
+class Pictures(list):
+    """As a CatDogDataset: batches of black pictures, as many as labels."""
+
+    def batches(self):
+        yield torch.zeros(len(self), 3, 2, 2), torch.tensor(self), [f"{i}.jpg" for i in range(len(self))]
+
+
+def test_a_tie_is_a_cat(capsys):
+    """In each figure: Top-1, pictures right, and what they were called."""
+    outcome = script.evaluate("INT8", lambda pixels, at: torch.ones(len(pixels), 2), Pictures([0, 0, 0, 1]))
+    assert outcome.top1 == 75 and "INT8 Top1: 75.000, 4 of 4" in capsys.readouterr().out
+    found = script.accuracy_of(outcome)
+    assert found["correct"] == 3 and found["confusion"] == [[3, 0], [1, 0]]
+
+
 def test_mcnemar_of_very_many():
     assert 0 < script.mcnemar(3000, 3300) < 0.001 < 0.1 < script.mcnemar(3000, 3050) < 1
 

@@ -248,8 +248,7 @@ def export(checkpoint, output, folder):
     fails.
     """
     model = script.INT8_Model.load(checkpoint)
-    script.IMAGE_SIZE = model.recipe["IMAGE_SIZE"]          # to decode pictures for this network
-    pictures, content = script.CatDogDataset(folder), onnx_bytes(model)
+    pictures, content = script.CatDogDataset(folder, model.recipe["IMAGE_SIZE"]), onnx_bytes(model)
     engines = dict([onnxruntime_engine(content)])
     if importlib.util.find_spec("openvino"):
         engines |= dict([openvino_engine(content)])

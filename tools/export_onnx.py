@@ -234,8 +234,8 @@ def prove(name, logits, by_script):
     moved = n - np.count_nonzero(change.max(1) <= kept)     # a NaN has moved
     tie = np.abs(by_script[:, 0] - by_script[:, 1]) <= 2 * kept
     other = logits.argmax(1) != by_script.argmax(1)
-    print(f"{name}: {n - other.sum()} of {n} classes are the script's, logit SQNR {sqnr:.1f} dB, "
-          f"largest change of a logit {change.max():.2g}; below {KEPT_DB} dB: {moved} of {n}")
+    print(f"{name}: {n - other.sum()} of {n} classes are the script's; logit SQNR {sqnr:.1f} dB,\n"
+          f"  largest change of a logit {change.max():.2g}, below {KEPT_DB} dB {moved} of {n}")
     if (other & ~tie).any() or moved > MOVED * n:
         raise script.InputError(f"{name} does not answer as the script does: no file is written. "
                                 "If this CPU has no VNNI, quantize with WEIGHT_BIT = 7")

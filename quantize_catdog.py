@@ -4,7 +4,7 @@
 
 A network trained in FP32 becomes one of 8-bit integers without being trained again: run it on
 pictures and note the largest magnitude at 7 places of the network, turn these ranges into scales,
-round weights and biases to integers, then multiply and add integers alone.
+round weights and biases to integers, then multiply and add integers.
 
     step        what it does                                          what leaves it
     pictures    decode and resize                                     uint8  (N, 3, 224, 224)
@@ -87,7 +87,7 @@ from PIL import Image, ImageOps
 # %%
 # what is run, on what
 DATA_DIR = "cat_dog"                    # folder that holds the splits
-CALIBRATION_SPLIT = "val"               # folder in it whose pictures set the ranges, without labels
+CALIBRATION_SPLIT = "val"               # folder in it whose pictures set the ranges
 EVALUATION_SPLIT = "val"                # folder in it whose pictures are counted in the accuracies
 CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
 OUTPUT_DIR = "results"                  # report.json and INT8_checkpoint.pth.tar are written here
@@ -775,7 +775,7 @@ def kernel(x, packed, multiplier, zero, offset, dtype, relu):
 
 
 class KernelLayer:
-    """The same in one INT8 kernel of torch's. Its output saturates at 8 bits; fewer are clipped."""
+    """One layer in one INT8 kernel of torch's. It saturates at 8 bits; fewer are clipped here."""
 
     def __init__(self, model, layer):
         part, self.multiplier = model.part(layer), model.multiplier(layer)
@@ -1356,7 +1356,7 @@ def print_layers(rows):
         low, high = min(row["weight_scale"]), max(row["weight_scale"])
         shape = "x".join(map(str, row["shape"]))
         scale_out = "FP32" if row["scale_out"] is None else f"{row['scale_out']:.5g}"
-        scales = f"{low:.5g} .. {high:.5g}" if high > low else f"{low:.5g}"
+        scales = f"{low:.6g} .. {high:.6g}" if high > low else f"{low:.6g}"
         print(f"{row['name']:<5}  {shape:<12}  {row['range']:<8.5g}  {row['scale_in']:<8.5g}  "
               f"{scale_out:<9}  {scales:<18}  {row['accumulator_bits']:>3} bits")
 

@@ -264,6 +264,13 @@ def test_constants_are_the_default_recipe():
         assert script.current_recipe() == as_constants(notebook(5, 3), *METHODS)
 
 
+@pytest.mark.parametrize("cores, threads", [(None, 1), (2, 2), (16, 16), (64, 16)])
+def test_threads_are_at_most_sixteen(monkeypatch, cores, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    found = import_script(SCRIPT)
+    assert found.NUM_WORKERS == found.DEFAULTS["NUM_WORKERS"] == threads
+
+
 def test_layers_are_the_oracles():
     assert [(layer.name, layer.bn, layer.source, layer.place) for layer in LAYERS] == oracle.LAYERS
     assert [layer.is_conv for layer in LAYERS] == [True] * 4 + [False] * 2
@@ -804,6 +811,19 @@ def test_sums_beyond_24_bits_are_exact():
     assert int(largest.max()).bit_length() == 26
 
 
+@pytest.mark.parametrize("name, operation", [("cnn1", "conv2d"), ("fc1", "linear")])
+def test_a_gpu_whose_products_are_not_whole(monkeypatch, name, operation):
+    """Where a convolution goes by way of a transform, its sums are a little off in FP64: they are rounded."""
+    int8 = observed(STATE, PIXELS).cl_scale(as_constants(default()))
+    layer = int8.layers()[name]
+    x = torch.randint(0, 256, (2, *layer.weight.shape[1:]), dtype=torch.uint8)
+    expected = layer.sums(x)
+    layer.in_fp32, layer.weight = False, layer.weight.double()
+    exact = getattr(script.F, operation)
+    monkeypatch.setattr(script.F, operation, lambda *arguments: exact(*arguments) + 1e-3)
+    assert torch.equal(layer.sums(x), expected)
+
+
 # Extreme pictures and weights
 
 def plain(pixel):
@@ -889,6 +909,12 @@ def test_ranges_of_zero():
     assert all(value.isfinite().all() for value in int8.state_dict().values())
     assert run(int8, PIXELS)[1].isfinite().all()
     assert scales_of(int8)["cv1"] == oracle.divide(255, 1e-12)
+
+
+@pytest.mark.parametrize("value", [-0.0, 0.0, 1e-40, 1e-13])
+def test_ranges_of_nearly_zero(value):
+    """Ranges below SMALLEST, of either zero, count as it."""
+    assert script.scale_of(255, torch.tensor([value])).item() == pytest.approx(255e12, rel=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0, 1e-13, 1e-9, 1e-6])
@@ -1223,6 +1249,14 @@ def test_bias_correction_stays_in_bias_bit():
     folded, int8 = plain_int8(STATE, PIXELS, recipe, *METHODS)
     script.refine(int8, folded, PIXELS.to(DEVICE))
     assert max(np.abs(bias).max() for _, bias, _ in integers_of(int8).values()) == 31
+
+
+def test_bias_correction_is_clipped_to_the_integers_that_fp32_cannot_hold():
+    """A move beyond int32 ends at its limit, not on the other side."""
+    folded, int8 = plain_int8(STATE, PIXELS, default(), "BIAS_CORRECTION")
+    folded.fc2.bias.data.copy_(torch.tensor([1e15, -1e15]))
+    script.refine(int8, folded, PIXELS.to(DEVICE))
+    assert integers_of(int8)["fc2"][1].tolist() == [2**31 - 1, 1 - 2**31]
 
 
 def test_refining_where_fp32_overflows():

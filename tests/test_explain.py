@@ -369,7 +369,7 @@ def test_from_which_picture_on_nothing_changes(capsys, as_last, words):
     out = capsys.readouterr().out
     assert f"after picture 6 of 7 no range grows; {words}\n" in out
     assert "input          4          2           2.0       6 cat.6.jpg\n" in out
-    assert "the values of 3 pictures\n" in out and "INT8 against FP32 on 9\n" in out
+    assert "the values of 3 pictures do" in out and "INT8 against FP32, on 9 pictures\n" in out
 
 
 WIDER = "a range can only grow, and a wider one, of a place or with EQUALIZE of a channel, has coarser steps. "
@@ -514,7 +514,7 @@ def test_each_line_of_a_value_followed_can_be_checked_with_a_calculator(followed
         lines = {line[2:11].strip(): line[11:] for line in out[5:]}
         assert out[3].endswith(f" = {fp32['sum']:.6g}, {len(fp32['inputs'])} products")
         assert out[4] == (f"           bias {fp32['bias']:.6g}; "
-                          f"{'ReLU: ' if layer.is_conv else ''}{fp32['value']:.6g}")
+                          f"{'ReLU' if layer.is_conv else 'logit'}: {fp32['value']:.6g}")
         assert float(f"{fp32['sum']:.6g}") + float(f"{fp32['bias']:.6g}") == pytest.approx(fp32["value"], abs=2e-5)
 
         rescaled = f"  EQUALIZE multiplies the channel by {row['factor']:.6g}"
@@ -532,7 +532,7 @@ def test_each_line_of_a_value_followed_can_be_checked_with_a_calculator(followed
         assert lines["int32"].endswith(f" = {int8['sum']}")
         found, shown = calculated(lines["M"].removeprefix("scale out / (in x weights) = "))
         assert near(found, shown) and near(shown, int8["multiplier"])
-        last = lines["INT8"] if row["step"] else lines["FP32"]
+        last = lines["INT8"] if row["step"] else lines["logit"]
         found, scaled = calculated(last, M=shown)
         assert found == pytest.approx(scaled, rel=1e-4, abs=1e-3) and near(scaled, int8["unrounded"])
         if row["step"]:

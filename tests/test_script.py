@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -207,6 +208,11 @@ def test_wilson_interval():
     assert quantize_catdog.wilson(10, 10) == pytest.approx((72.247, 100), abs=2e-3)
 
 
+def test_wilson_interval_ends_at_0_and_100():
+    for n in range(1, 500):
+        assert quantize_catdog.wilson(0, n)[0] >= 0 and quantize_catdog.wilson(n, n)[1] <= 100
+
+
 def test_flips_agreement_and_sqnr():
     """A planted flip: the second of four pictures."""
     files, labels = ["cat.0.jpg", "dog.0.jpg", "cat.1.jpg", "dog.1.jpg"], torch.tensor([0, 1, 0, 1])
@@ -350,11 +356,37 @@ def test_a_single_different_value_is_noticed(monkeypatch, state):
         assert quantize_catdog.choose_engine(int8, pixels)["different"] >= 1 and int8.engine == "reference"
 
 
-def test_missing_kernels(monkeypatch, state):
+@VNNI
+@pytest.mark.parametrize("dim", [4, 2], ids=["convolution", "fully connected"])
+def test_kernels_of_one_kind_that_overflow_are_noticed(monkeypatch, dim):
+    """In one output channel of the probe."""
+    kernel, recipe = quantize_catdog.kernel, quantize_catdog.current_recipe()
+
+    def overflows(x, *arguments):
+        out = kernel(x, *arguments)
+        if x.dim() == dim:
+            out[:, -1] -= 1
+        return out
+    assert not quantize_catdog.kernels_saturate(recipe)
+    monkeypatch.setattr(quantize_catdog, "kernel", overflows)
+    assert quantize_catdog.kernels_saturate(recipe)
+
+
+@VNNI
+def test_kernels_that_overflow_are_not_taken_though_these_pictures_agree(monkeypatch, state):
+    int8, pixels = quantized(state)
+    monkeypatch.setattr(quantize_catdog, "kernels_saturate", lambda recipe: True)
+    exact = quantize_catdog.choose_engine(int8, pixels)
+    assert exact["different"] == 0 < exact["compared"] and "WEIGHT_BIT = 7" in exact["why"]
+    assert int8.engine == "reference"
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
+def test_missing_kernels(monkeypatch, state, error):
     int8, pixels = quantized(state)
 
     def missing(*_):
-        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qconv_prepack'")
+        raise error("'_OpNamespace' 'onednn' object has no attribute 'qconv_prepack'")
     monkeypatch.setattr(quantize_catdog, "pack", missing)
     exact = quantize_catdog.choose_engine(int8, pixels)
     assert int8.engine == "reference" and "no INT8 kernels" in exact["why"] and exact["compared"] == 0
@@ -463,6 +495,30 @@ def test_pictures_that_were_looked_at_alone_are_decoded_once_too(monkeypatch):
     assert sorted(decoded) == sorted(pictures.files)
 
 
+def test_walks_that_overlap_keep_each_picture_once(tmp_path, monkeypatch):
+    """A walk that another one overtakes decodes again, and keeps nothing twice."""
+    for name, value in dict(NUM_WORKERS=1, DECODED_AHEAD=1, BATCH_SIZE=2).items():
+        monkeypatch.setattr(quantize_catdog, name, value)
+    pictures = quantize_catdog.CatDogDataset(Place(tmp_path).val)
+    slow = pictures.batches()
+    walks = [[next(slow)], list(pictures.batches())]
+    walks[0] += slow
+    walks.append(list(pictures.batches()))
+    expected = torch.cat([pixels for pixels, _, _ in walks[0]])
+    for walk in walks:
+        assert sum([files for _, _, files in walk], []) == pictures.files
+        assert torch.equal(torch.cat([pixels for pixels, _, _ in walk]), expected)
+    assert len(pictures.kept) == len(pictures) == 6
+
+
+def test_a_few_pictures_are_not_all(monkeypatch):
+    """`first` decodes whole batches, and no more of them than it needs."""
+    for name, value in dict(NUM_WORKERS=1, DECODED_AHEAD=1, BATCH_SIZE=5).items():
+        monkeypatch.setattr(quantize_catdog, name, value)
+    decoded = counted(monkeypatch)
+    assert len(quantize_catdog.CatDogDataset(PICTURES).first(7)) == 7 and len(decoded) == 10
+
+
 @pytest.mark.parametrize("name, label", [
     ("cat.0.jpg", 0), ("dog.12.jpg", 1), ("Cat_7.PNG", 0), ("my dogs 3.jpg", 1), ("DOG.jpeg", 1),
     ("bird.1.jpg", None), ("cat_and_dog.jpg", None), ("catalog.jpg", None), ("hotdog.jpg", None), ("1.jpg", None),
@@ -490,6 +546,11 @@ def grey(value, size=(8, 6)):
     ("animated.gif", lambda path: grey(50).save(path, save_all=True, append_images=[grey(200)]), (50, 50, 50)),
     ("animated.webp", lambda path: grey(50).convert("RGB").save(path, save_all=True, lossless=True, append_images=[
         grey(200).convert("RGB")]), (50, 50, 50)),
+    ("LA-clear.png", lambda path: Image.new("LA", (8, 6), (10, 0)).save(path), (255, 255, 255)),
+    ("RGB-clear.png", lambda path: Image.new("RGB", (8, 6), (1, 2, 3)).save(path, transparency=(1, 2, 3)), (255,) * 3),
+    ("16-between.png", lambda path: Image.fromarray(np.full((6, 8), 999, np.uint16)).save(path), (4, 4, 4)),
+    ("32.tif", lambda path: Image.new("I", (8, 6), 70000).save(path), (255, 255, 255)),
+    ("32-below.tif", lambda path: Image.new("I", (8, 6), -5000).save(path), (0, 0, 0)),
 ])
 def test_odd_pictures_are_decoded_as_a_viewer_shows_them(tmp_path, kind, make, expected):
     """Given as a path, and given as the picture that Pillow opens, which stays as it is."""
@@ -570,6 +631,14 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     assert report["images"]["evaluated"] == 6 and report["fp32"]["correct"] == good["fp32"]["correct"]
     for row, expected in zip(report["layers"], good["layers"]):
         assert row["range"] == pytest.approx(expected["range"], rel=1e-5)
+
+
+def test_pictures_of_too_many_pixels_are_left_out(place):
+    """Of more than 2 * 2^25, whatever Pillow's own limit is."""
+    (place.val / "dog.10.png").write_bytes(png_header_that_promises(9000, 9000))
+    report, _ = place.report()
+    assert [row["file"] for row in report["skipped"]] == [str(place.val / "dog.10.png")]
+    assert "DecompressionBombError" in report["skipped"][0]["reason"]
 
 
 def test_two_folders_of_one_name_keep_their_left_out_files_apart(place):
@@ -719,6 +788,12 @@ def test_files_of_others_stay(place):
     found = place.files()
     assert {name: found.get(name) for name in others} == others
     assert set(found) == set(others) | {"report.json", "INT8_checkpoint.pth.tar"}
+
+
+def test_output_folder_in_folders_that_are_not_there_yet(tmp_path):
+    quantize_catdog.make_writable(tmp_path / "a" / "b")
+    quantize_catdog.write_files(tmp_path / "a" / "b", {"c": b"c"})
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["c"]
 
 
 def test_name_that_a_terminal_cannot_show(place):
@@ -949,6 +1024,16 @@ def test_wrong_weights(tmp_path, state, change, words):
     refused(tmp_path / "c.pth.tar", *words)
 
 
+def test_weights_alone_are_enough(tmp_path, state):
+    """Torch before 0.4.1 counted no batches, and no ranges are needed: they are set anew."""
+    weights = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")
+               and not name.startswith("range_")}
+    assert len(weights) == 28
+    torch.save({"model": weights}, tmp_path / "c.pth.tar")
+    found = quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
 def test_weights_that_overflow(place, state):
     torch.save({"model": {**state, "cnn1.weight": torch.full((16, 3, 5, 5), 1e38)}}, place.checkpoint)
     place.refuse("values at cv1 overflow FP32")
@@ -1099,6 +1184,12 @@ def test_int8_checkpoint_holds_what_was_run(usual):
     assert set(place.files()) == {"report.json", "INT8_checkpoint.pth.tar"}
     again = quantize_catdog.int8_checkpoint(quantize_catdog.load_int8_checkpoint(path))
     assert again == path.read_bytes()                   # nor is there a time in it
+
+
+def test_no_time_is_in_the_int8_checkpoint(state):
+    file = io.BytesIO(quantize_catdog.int8_checkpoint(quantized(state)[0]))
+    with zipfile.ZipFile(file) as parts:
+        assert {part.date_time for part in parts.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_int8_checkpoint_alone_gives_the_same_answers(rerun, usual):

@@ -55,13 +55,26 @@ def test_planted_flips():
     assert found["fp32"]["confusion"] == [[1, 1], [1, 2]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
 
 
-@pytest.mark.parametrize("lost, chance", [(5, "can be chance (McNemar's p = 0.062)"),
-                                          (6, "more than chance (McNemar's p = 0.031)"),
-                                          (40, "more than chance (McNemar's p = 1.8e-12)")])
-def test_verdict(crowded, capsys, lost, chance):
-    test = {"gained": 0, "lost": lost, "p": script.mcnemar(0, lost)}
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_logits_that_are_no_numbers_are_not_compared(value, wrong):
+    """Of either network."""
+    outcomes = [script.Outcome(["cat.jpg"], torch.tensor([0]), torch.tensor([[1.0, 0.0]]), 100.0) for _ in range(2)]
+    outcomes[wrong].logits[0, 1] = value
+    with pytest.raises(script.InputError, match="logits overflow FP32"):
+        script.compare(*outcomes)
+
+
+@pytest.mark.parametrize("gained, lost, chance", [(0, 5, "can be chance (McNemar's p = 0.062)"),
+                                                  (4, 12, "can be chance (McNemar's p = 0.077)"),
+                                                  (3, 11, "can be chance (McNemar's p = 0.057)"),
+                                                  (4, 13, "more than chance (McNemar's p = 0.049)"),
+                                                  (0, 6, "more than chance (McNemar's p = 0.031)"),
+                                                  (0, 40, "more than chance (McNemar's p = 1.8e-12)")])
+def test_verdict(crowded, capsys, gained, lost, chance):
+    test = {"gained": gained, "lost": lost, "p": script.mcnemar(gained, lost)}
     script.print_summary(crowded[0] | {"mcnemar": test})
-    assert f"INT8 corrects 0 and spoils {lost} FP32 answers: {chance}\n" in capsys.readouterr().out
+    assert f"INT8 corrects {gained} and spoils {lost} FP32 answers: {chance}\n" in capsys.readouterr().out
 
 
 def test_intervals_in_the_summary(crowded, capsys):

@@ -422,7 +422,7 @@ def print_ledger(ledger, pictures):
     """The table of `error_ledger`, and why what puzzles in it is so."""
     print(f"\nWhere is the error born? SQNR in dB on {pictures} pictures, the lower the worse\n"
           "         INT8           born in this layer, all else FP32  at the\n"
-          "layer network inherited   all weights biases rounding  logits  clipped integers")
+          "layer network inherited   all weights biases rounding  logits  clipped   codes")
     for row in ledger:
         sqnr = {kind: decimal(value) for kind, value in row["sqnr_db"].items()}
         clipped = "  none: stay FP32"
@@ -443,7 +443,7 @@ def print_ledger(ledger, pictures):
 def print_ranges(sources, pictures):
     """The table of `range_sources`."""
     print("\nWhere do the ranges come from?\n"
-          f"99.9 %: no more than that, of the values of {pictures} pictures\n"
+          f"99.9 %: what so many of the values of {pictures} pictures do not exceed\n"
           "place      range     99.9 %  range / that  set by picture")
     for row in sources:
         times = row["range"] / max(row["percentile999"], script.SMALLEST)
@@ -453,8 +453,8 @@ def print_ranges(sources, pictures):
 
 def print_curve(curve, sources, compared):
     """The table of `calibration_curve`, and why what puzzles in it is so."""
-    print("\nHow many calibration pictures are enough?\n"
-          f"Ranges in % of the last; INT8 against FP32 on {compared}\n"
+    print("\nHow many calibration pictures are enough? Ranges in % of the last ones;\n"
+          f"same class and logit SQNR of INT8 against FP32, on {compared} pictures\n"
           f"pictures {' '.join(f'{place:>5}' for place in script.PLACES)}  same class  logit SQNR")
     for row in curve:
         ranges = " ".join(f"{100 * row['ranges'][place]:>5.1f}" for place in script.PLACES)
@@ -516,7 +516,7 @@ def print_followed(row):
     begin, end = products(fp32["inputs"], fp32["weights"])
     print_line("FP32", begin)
     print_line("", f"{end} = {fp32['sum']:.6g}, {len(fp32['inputs'])} products")
-    print_line("", f"bias {fp32['bias']:.6g}; {'ReLU: ' if row['pooled'] else ''}"
+    print_line("", f"bias {fp32['bias']:.6g}; {'ReLU' if row['pooled'] else 'logit'}: "
                    f"{fp32['value']:.6g}")
     if times:
         print_line("EQUALIZE", f"multiplies the channel by {row['factor']:.6g}")
@@ -538,7 +538,7 @@ def print_followed(row):
         print_line("INT8", f"{scaled}; rounded, within {low} to {high}: {int8['result']}")
         print_line("back", f"{int8['result']} / {int8['scale_out']:.6g}{back} = {row['value']:.6g}")
     else:
-        print_line("FP32", f"{scaled}: logits stay FP32")
+        print_line("logit", f"{scaled}: logits stay FP32")
     print_line("error", f"{row['value']:.6g} - {fp32['value']:.6g} = {row['error']:.4g}"
                         + (f"; a step is {row['step']:.4g}" if row["step"] else ""))
     if row["pooled"]:

@@ -3,7 +3,7 @@
     pip install -r tools/requirements.txt
     python tools/export_onnx.py [results/INT8_checkpoint.pth.tar] [--output results/INT8.onnx]
 
-    input      pixels   uint8 (n, 3, 224, 224): RGB, 0..255, any n
+    input      pixels   uint8 (n, 3, height, width): RGB, 0..255, any n, of the recipe's IMAGE_SIZE
     output     logits   FP32 (n, 2): cat, dog
     metadata   classes, recipe, image_size (width, height), each as JSON
 

@@ -62,7 +62,6 @@ import io
 import json
 import math
 import re
-import textwrap
 import time
 import warnings
 import zipfile
@@ -1302,8 +1301,8 @@ def against_before(before, report):
             before["int8"]["top1"], report["int8"]["top1"],
             100 * before["agreement"], 100 * report["agreement"],
             db(before["logit_sqnr_db"]), db(report["logit_sqnr_db"]))
-    edited = f"against the run before: {', '.join(edits) or 'the same constants'}:"
-    return f"{textwrap.fill(edited, 80, subsequent_indent='  ')}\n  {change}"
+    edited = ",\n  ".join(edits) or "the same constants"
+    return f"against the run before: {edited}:\n  {change}"
 
 
 def print_against(path, report):

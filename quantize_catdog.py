@@ -19,7 +19,7 @@ round weights and biases to integers, then multiply and add integers.
     keep        the INT8 network, and the report                      results/
 
 The run at the end has these steps; what they call is defined above it. The file is the port of a
-notebook, whose names it keeps, and is one itself: `# %%` begins a cell in VS Code and Jupytext.
+notebook, whose names it keeps, and is one itself: Jupytext reads a cell after each `# %%`.
 tools/explain.py shows why answers changed.
 """
 import os

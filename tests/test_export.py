@@ -13,6 +13,8 @@ import pytest
 import quantize_catdog as script
 import torch
 
+from test_docs import README, blocks
+
 onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
 
@@ -341,13 +343,12 @@ sys.meta_path.insert(0, Refuse())
 
 def test_readme_classifies_a_picture_without_torch(exported, network, tmp_path):
     """Its lines, in a process in which torch cannot be imported."""
-    blocks = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text())
-    blocks = [block for block in blocks if "onnxruntime" in block]
+    snippet, = [block for block in blocks(README, "python") if "onnxruntime" in block]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "INT8.onnx").write_bytes(exported[0].read_bytes())
     (tmp_path / "cat_dog").symlink_to(ROOT / "cat_dog")
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + blocks[0]], cwd=tmp_path, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + snippet], cwd=tmp_path, capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
     expected, _ = network("default").predict(ROOT / "cat_dog" / "val" / "cat.4.jpg")
-    assert len(blocks) == 1 and len(blocks[0].splitlines()) == 4 and done.stdout == f"{expected}\n"
+    assert len(snippet.splitlines()) == 4 and done.stdout == f"{expected}\n"

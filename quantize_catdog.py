@@ -18,9 +18,13 @@ round weights and biases to integers, then multiply and add integers.
     compare     what changed, and is it more than chance?             a summary
     keep        the INT8 network, and the report                      results/
 
-The run at the end has these steps; what they call is defined above it. The file is the port of a
-notebook, whose names it keeps, and is one itself: Jupytext reads a cell after each `# %%`.
-tools/explain.py shows why answers changed.
+The run at the end has these steps; what they call is defined above it. Constants are edited in the
+file, or for one run on the command line: a preset's name, then NAME=value (--help lists them):
+
+    python quantize_catdog.py plain GPTQ=True
+
+The file is the port of a notebook, whose names it keeps, and is one itself: Jupytext reads a cell
+after each `# %%`. tools/explain.py shows why answers changed.
 """
 import os
 import sys
@@ -56,116 +60,219 @@ def end_in_one_line(kind, error, trace):
 if __name__ == "__main__":
     sys.excepthook = end_in_one_line            # before the imports below, which take a second
 
+import ast
+import builtins
 import copy
+import csv
 import ctypes
+import difflib
 import io
+import itertools
 import json
 import math
 import re
+import textwrap
 import time
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchnet.meter as tnt
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # %% [markdown]
 # ## Constants
-# Edit one and run again: the file, or this cell and all below. Relative paths start at this file's
-# folder, `~` is the home folder.
+# Edit one and run again: the file, or this cell and all below. On the command line NAME=value sets
+# one for a single run. Relative paths start at this file's folder, `~` is the home folder.
 
 # %%
 # what is run, on what
 DATA_DIR = "cat_dog"                    # folder that holds the splits
-CALIBRATION_SPLIT = "val"               # folder in it whose pictures set the ranges
+CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ranges
 EVALUATION_SPLIT = "val"                # folder in it whose pictures are counted in the accuracies
 CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
-OUTPUT_DIR = "results"                  # report.json and INT8_checkpoint.pth.tar are written here
-BATCH_SIZE = 5                          # pictures a step, 1 to 4096: changes speed and memory alone
-NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures, 1 to 256
-INT8_ENGINE = "auto"                    # "onednn" kernels, "reference" arithmetic, or "auto"
-# the recipe: what decides the integers. The notebook's is PER_CHANNEL False, UNSIGNED_RELU False,
-# BIAS_BIT 16, QUANTIZE_LOGITS True, HEADROOM 1 and EQUALIZE, GPTQ, BIAS_CORRECTION False
-IMAGE_SIZE = (224, 224)                 # width, height; 212 to 227 each, as FC1 needs 11 x 11 maps
-BIT = 8                                 # width of the integers for activations, 2 to 8
-WEIGHT_BIT = 8                          # width of the integers for weights, 2 to 8
+OUTPUT_DIR = "results"                  # the INT8 network, report.json and runs.csv go here
+BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
+NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
+INT8_ENGINE = "auto"                    # kernels, exact arithmetic, or kernels where they are exact
+# the recipe: what decides the integers
+IMAGE_SIZE = (224, 224)                 # width and height; FC1 needs 11 x 11 maps
+BIT = 8                                 # bits of an activation
+WEIGHT_BIT = 8                          # bits of a weight
+LAYER_BITS = {}                         # bits of single layers' weights, where not WEIGHT_BIT
 PER_CHANNEL = True                      # weight scale: one per output channel, or one per layer
-UNSIGNED_RELU = True                    # integers of pixels and ReLU outputs: 0..255, or 0..127
-BIAS_BIT = 32                           # width of the integers for biases, 2 to 32
-QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or keep them FP32
-HEADROOM = 2                            # widens the ranges before FC1 and FC2, a factor of 1 to 16
+UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
+BIAS_BIT = 32                           # bits of a bias
+QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or leave them FP32
+HEADROOM = 2                            # multiplies the ranges of what FC1 and FC2 read
 EQUALIZE = True                         # rescale channels so that weak ones use more integers too
 GPTQ = True                             # round weights so that errors cancel, or each to nearest
-BIAS_CORRECTION = True                  # move biases by the mean error left on calibration pictures
+BIAS_CORRECTION = True                  # shift biases by the mean error in calibration
+
+# %% [markdown]
+# The legal values of each, to which the file, the command line and checkpoints are held. A preset
+# is a recipe by its differences from the one above.
 
 # %%
+PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORRECTION": False}}
+PRESETS["notebook"] = PRESETS["plain"] | {
+    "PER_CHANNEL": False, "UNSIGNED_RELU": False, "BIAS_BIT": 16, "QUANTIZE_LOGITS": True}
+
+
+class Legal(NamedTuple):
+    """The legal values of a constant: in words, and as a function of a value."""
+    words: str
+    allows: Callable
+
+
+def whole_number(low, high):
+    return Legal(f"a whole number from {low} to {high}",
+                 lambda value: type(value) is int and low <= value <= high)
+
+
+def is_image_size(value):
+    return (isinstance(value, tuple) and [type(side) for side in value] == [int, int]
+            and all(212 <= side <= 227 for side in value))
+
+
+def is_layer_bits(value):
+    return isinstance(value, dict) and all(
+        name in [layer.name for layer in LAYERS] and whole_number(2, 8).allows(bit)
+        for name, bit in value.items())
+
+
+TRUE_FALSE = Legal("True or False", lambda value: isinstance(value, bool))
+PATH = Legal("the name of a file or folder",
+             lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value)
+RECIPE = {
+    "IMAGE_SIZE": Legal("(width, height), each a whole number from 212 to 227", is_image_size),
+    "BIT": whole_number(2, 8), "WEIGHT_BIT": whole_number(2, 8),
+    "LAYER_BITS": Legal('bits from 2 to 8 by name of layer, such as {"fc1": 4}', is_layer_bits),
+    "PER_CHANNEL": TRUE_FALSE, "UNSIGNED_RELU": TRUE_FALSE, "BIAS_BIT": whole_number(2, 32),
+    "QUANTIZE_LOGITS": TRUE_FALSE,
+    "HEADROOM": Legal("a number from 1 to 16",
+                      lambda value: type(value) in (int, float) and 1 <= value <= 16),
+    "EQUALIZE": TRUE_FALSE, "GPTQ": TRUE_FALSE, "BIAS_CORRECTION": TRUE_FALSE}
+LEGAL = {
+    "DATA_DIR": PATH, "CALIBRATION_SPLIT": PATH, "EVALUATION_SPLIT": PATH, "CHECKPOINT": PATH,
+    "OUTPUT_DIR": PATH, "BATCH_SIZE": whole_number(1, 4096), "NUM_WORKERS": whole_number(1, 256),
+    "INT8_ENGINE": Legal('"auto", "onednn" or "reference"',
+                         lambda value: value in ("auto", "onednn", "reference"))} | RECIPE
+
 ROOT = Path(globals().get("__file__", "notebook")).resolve().parent     # a notebook: where it runs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-DEFAULTS = {
-    "DATA_DIR": "cat_dog", "CALIBRATION_SPLIT": "val", "EVALUATION_SPLIT": "val",
-    "CHECKPOINT": "BEST_checkpoint.pth.tar", "OUTPUT_DIR": "results", "BATCH_SIZE": 5,
-    "NUM_WORKERS": min(os.cpu_count() or 1, 16), "INT8_ENGINE": "auto"}
-DEFAULT_RECIPE = {
-    "IMAGE_SIZE": (224, 224), "BIT": 8, "WEIGHT_BIT": 8, "PER_CHANNEL": True, "UNSIGNED_RELU": True,
-    "BIAS_BIT": 32, "QUANTIZE_LOGITS": False, "HEADROOM": 2, "EQUALIZE": True, "GPTQ": True,
-    "BIAS_CORRECTION": True}
-LIMITS = {"BATCH_SIZE": (1, 4096), "NUM_WORKERS": (1, 256), "BIT": (2, 8), "WEIGHT_BIT": (2, 8),
-          "BIAS_BIT": (2, 32)}
+
+def described_constants():
+    """{constant: its comment} of the block at the top of this file; {} in a notebook."""
+    if "__file__" not in globals():
+        return {}
+    block = Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
+    return dict(re.findall(r"(?m)^([A-Z]\w*) *=.*?(?:  # (.*))?$", block))
 
 
-def must_be(name, value):
-    """None where `value` is legal for a constant, else in words what it must be."""
-    if name == "INT8_ENGINE":
-        legal, words = value in ("auto", "onednn", "reference"), '"auto", "onednn" or "reference"'
-    elif name == "IMAGE_SIZE":
-        legal = isinstance(value, tuple) and [type(side) for side in value] == [int, int]
-        legal = legal and all(212 <= side <= 227 for side in value)
-        words = "(width, height), each a whole number from 212 to 227"
-    elif name == "HEADROOM":
-        legal, words = type(value) in (int, float) and 1 <= value <= 16, "a number from 1 to 16"
-    elif name in LIMITS:
-        low, high = LIMITS[name]
-        legal = type(value) is int and low <= value <= high
-        words = f"a whole number from {low} to {high}"
-    elif name in DEFAULT_RECIPE:
-        legal, words = isinstance(value, bool), "True or False"
-    else:
-        legal = isinstance(value, str) and value.strip() != "" and "\0" not in value
-        words = "the name of a file or folder"
-    return None if legal else words
+def no_such(name, known):
+    """InputError for a name that is not among the known ones; it names the nearest of them."""
+    wanted = name.strip("-").replace("-", "_").upper()
+    near = difflib.get_close_matches(wanted, [each.upper() for each in known], 1)
+    found = [each for each in known if each.upper() in near]
+    hint = f"did you mean {found[0]}?" if found else "--help lists them all"
+    return InputError(f"{name}: no constant of this name, {hint}")
+
+
+def print_help(doc):
+    """Print a docstring, the constants with their comments and values, and the presets."""
+    print(doc)
+    comments = described_constants()
+    for name, legal in LEGAL.items():
+        print(f"{name} = {globals().get(name)!r}")
+        print(textwrap.fill(f"{comments.get(name, '')}; {legal.words}", 80, initial_indent="    ",
+                            subsequent_indent="    "))
+    for name, changes in PRESETS.items():
+        words = " ".join(f"{constant}={value!r}" for constant, value in changes.items())
+        print(textwrap.fill(f"preset {name}: {words}", 80, subsequent_indent="    "))
+
+
+def set_constants(words, doc):
+    """Set constants by the words of a command line: presets, then NAME=value as Python literals.
+
+    --help prints `doc`, all constants and the presets, and ends the program.
+    """
+    if {"--help", "-h"} & set(words):
+        print_help(doc)
+        sys.exit()
+    assigned = False
+    for word in words:
+        name, equals, text = word.partition("=")
+        if word in PRESETS and not assigned:
+            globals().update(PRESETS[word])
+        elif word in PRESETS:
+            raise InputError(f"{word}: a preset comes before the constants that change it")
+        elif name in LEGAL and equals:
+            try:
+                globals()[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                globals()[name] = text              # a word without quotes, such as a folder's name
+            assigned = True
+        elif name in LEGAL:
+            raise InputError(f"{name}: give it a value, {name}={globals().get(name)!r} for example")
+        else:
+            raise no_such(name, [*PRESETS, *LEGAL])
+
+
+def command_line():
+    """The words after this file's name; none in a notebook: its kernel has other arguments."""
+    is_program = "__file__" in globals() and Path(sys.argv[0]).resolve() == Path(__file__).resolve()
+    return sys.argv[1:] if is_program else []
 
 
 def check_constants():
     """Print and return {constant: value}; raise InputError where this file cannot run with one."""
-    constants = {}
-    for name, default in (DEFAULTS | DEFAULT_RECIPE).items():
-        value = constants[name] = globals().get(name)
-        words = must_be(name, value)
-        if words:
-            found = f"= {value!r}" if name in globals() else "is missing"
-            raise InputError(f"{name} {found} in quantize_catdog.py: set it to {words}")
-        print(f"{name} = {value!r}" + (f"    # default: {default!r}" if value != default else ""))
+    for name in described_constants():
+        if name not in LEGAL:
+            raise no_such(name, LEGAL)
+    for name, legal in LEGAL.items():
+        if name not in globals():
+            raise InputError(f"{name} is missing: set it to {legal.words}")
+        if not legal.allows(globals()[name]):
+            raise InputError(f"{name} = {globals()[name]!r}: set it to {legal.words}")
+    constants = {name: copy.copy(globals()[name]) for name in LEGAL}
+    for name, value in constants.items():
+        print(f"{name} = {value!r}")
     return constants
 
 
 def current_recipe():
     """{constant: value} of those that decide the integers."""
-    return {name: globals()[name] for name in DEFAULT_RECIPE}
+    return {name: copy.copy(globals()[name]) for name in RECIPE}
+
+
+def layer_bit(recipe, layer):
+    """Bits of a Layer's weights."""
+    return recipe["LAYER_BITS"].get(layer.name, recipe["WEIGHT_BIT"])
+
+
+def weight_widths(recipe):
+    """The different bits of all layers' weights, in order."""
+    return sorted({layer_bit(recipe, layer) for layer in LAYERS})
 
 
 def located(*names):
     """The path that constants name: below ROOT unless one is absolute; ~ is the home folder."""
     return ROOT.joinpath(*[os.path.expanduser(name) for name in names])
+
+
+def short(path):
+    """A path as it is printed: relative to ROOT where it lies below it."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def prepare_process():
@@ -249,12 +356,13 @@ class CatDogDataset:
         self.folder, self.size = Path(folder), size or IMAGE_SIZE
         self.files, self.labels, self.skipped = [], [], {}
         if not os.path.isdir(self.folder) or not os.access(self.folder, os.R_OK):
-            raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, dog.0.jpg, "
-                             "... there, or set DATA_DIR and the splits")
+            raise InputError(f"no folder {short(self.folder)}: put pictures named cat.0.jpg, "
+                             "dog.0.jpg, ... there, or set DATA_DIR and the splits")
         for file in sorted(self.names(), key=self.numbers_first):
             label = label_of(file)
             if label is None:
-                self.skipped[str(self.folder / file)] = "the path says neither cat nor dog, or both"
+                reason = "the path says neither cat nor dog, or both"
+                self.skipped[short(self.folder / file)] = reason
             else:
                 self.files.append(file)
                 self.labels.append(label)
@@ -263,7 +371,7 @@ class CatDogDataset:
     def names(self):
         """Yield the files below the folder, relative to it; links are followed, no folder twice."""
         def cannot_list(error):
-            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
+            self.skipped[short(error.filename)] = f"cannot be listed: {error.strerror}"
 
         seen = set()
         for place, folders, files in os.walk(self.folder, onerror=cannot_list, followlinks=True):
@@ -283,7 +391,7 @@ class CatDogDataset:
 
     def __str__(self):
         cats = self.labels.count(0)
-        return f"{self.folder}: {len(self)} pictures, {cats} cat and {len(self) - cats} dog"
+        return f"{short(self.folder)}: {len(self)} pictures, {cats} cat and {len(self) - cats} dog"
 
     def decoded(self):
         """Yield for each file its pixels, uint8 (height, width, 3), or None where it has none.
@@ -306,27 +414,37 @@ class CatDogDataset:
         try:
             return decode(self.folder / file, self.size)
         except InputError as error:
-            self.skipped[str(self.folder / file)] = str(error)
+            self.skipped[short(self.folder / file)] = str(error)
             return None
 
     def batches(self):
         """Yield (pixels uint8 (n, 3, height, width), labels int64 (n,), n files) of usable ones."""
         rows = zip(self.decoded(), self.labels, self.files)
         usable = (row for row in rows if row[0] is not None)
-        batch = list(islice(usable, BATCH_SIZE))
+        batch = list(itertools.islice(usable, BATCH_SIZE))
         if not batch:
             reasons = [f", e.g. {file}: {reason}" for file, reason in sorted(self.skipped.items())]
-            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
-                             "pictures named cat.0.jpg, dog.0.jpg, ... there")
+            raise InputError(f"no usable picture in {short(self.folder)}{''.join(reasons[:1])}: "
+                             "put pictures named cat.0.jpg, dog.0.jpg, ... there")
         while batch:
             pictures, labels, files = zip(*batch)
             yield to_tensor(pictures), torch.tensor(labels), list(files)
-            batch = list(islice(usable, BATCH_SIZE))
+            batch = list(itertools.islice(usable, BATCH_SIZE))
 
     def first(self, count):
         """uint8 (n, 3, height, width) of the first usable pictures, at most `count`, on DEVICE."""
-        batches = islice(self.batches(), math.ceil(count / BATCH_SIZE))     # full but for the last
+        full = math.ceil(count / BATCH_SIZE)         # all batches but the last are
+        batches = itertools.islice(self.batches(), full)
         return torch.cat([pixels for pixels, _, _ in batches])[:count].to(DEVICE)
+
+    def checksum(self):
+        """CRC-32 of the labels and the bytes of the usable files, whatever these are called."""
+        crc = 0
+        for file, label in zip(self.files, self.labels):
+            path = self.folder / file
+            if short(path) not in self.skipped:
+                crc = zlib.crc32(path.read_bytes(), zlib.crc32(bytes([label]), crc))
+        return crc
 
 
 # %% [markdown]
@@ -388,12 +506,13 @@ def fusion_conv_bn(conv, bn):
     return conv.weight * spread(bn_gamma, 3), conv.bias * bn_gamma + bn_beta
 
 
-def weight_quant(w, b, in_scale, recipe):
+def weight_quant(w, b, in_scale, bit, recipe):
     """FP32 weight (out, ...), bias (out,) -> int8 weight, int32 bias, weight scale (out,) or (1,).
 
-    The bias is added to products of inputs and weights: its scale is theirs, in_scale * w_scale.
+    bit: the weight's. The bias is added to products of inputs and weights: its scale is theirs,
+    in_scale * w_scale.
     """
-    to = int_range(recipe["WEIGHT_BIT"])
+    to = int_range(bit)
     groups = w.flatten(1) if recipe["PER_CHANNEL"] else w.reshape(1, -1)        # one row a scale
     w_scale = scale_of(to.high, groups.abs().amax(1))
     if recipe["BIAS_BIT"] == 32:
@@ -522,7 +641,8 @@ class CNN_Model(nn.Module):
         self.fc1 = Linear(8 * 11 * 11, 512)
         self.fc2 = Linear(512, 2)
         for place, channels in zip(PLACES, (3, 16, 32, 16, 8, 512, 2)):
-            self.register_buffer(f"range_{place}", torch.zeros(channels))
+            self.register_buffer(f"range_{place}", torch.empty(channels))
+        self.reset_ranges()
 
     def forward(self, x, at=unwatched):
         """at(place, values) sees the values of each place, and returns what goes on from there."""
@@ -541,6 +661,11 @@ class CNN_Model(nn.Module):
     def range_at(self, place):
         """Largest magnitude seen in each channel of a place, (C,)."""
         return self.get_buffer(f"range_{place}")
+
+    def reset_ranges(self):
+        """Forget what the observers saw. Pixels reach 255, whatever those that calibrate reach."""
+        for place in PLACES:
+            self.range_at(place).fill_(255 if place == "input" else 0)
 
     def update_range(self, place, data):
         """The observer, as `at`: range = max(range, |data|). data: (N, C, h, w) or (N, C)."""
@@ -583,7 +708,8 @@ class CNN_Model(nn.Module):
         for layer in LAYERS:
             part, part8 = self.part(layer), int8_model.part(layer)
             in_scale = int8_model.scale_at(layer.source)
-            wq, bq, w_scale = weight_quant(part.weight, part.bias, in_scale, recipe)
+            bit = layer_bit(recipe, layer)
+            wq, bq, w_scale = weight_quant(part.weight, part.bias, in_scale, bit, recipe)
             part8.weight.copy_(wq)
             part8.bias.copy_(bq)
             part8.w_scale.copy_(w_scale)
@@ -898,7 +1024,7 @@ def refine(int8_model, fp32_model, pixels):
     for layer in LAYERS:
         part, part8 = fp32_model.part(layer), int8_model.part(layer)
         if recipe["GPTQ"] and layer.is_conv:    # FC: one position a picture, too few for its inputs
-            to = int_range(recipe["WEIGHT_BIT"])
+            to = int_range(layer_bit(recipe, layer))
             part8.weight.copy_(refined_weight(part, part8.w_scale, inputs, to))
         rounded = ReferenceLayer(int8_model, layer)
         sums = [rounded.sums(x) for x in inputs]
@@ -1038,16 +1164,15 @@ def load_int8_checkpoint(path):
     if not isinstance(recipe, dict):
         raise InputError(f"checkpoint {path} holds FP32 weights, or no recipe: give the "
                          "INT8_checkpoint.pth.tar of a run")
-    # two constants that the first recipes did not have yet
-    recipe = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224)} | recipe
-    for name in DEFAULT_RECIPE:
-        words = must_be(name, recipe.get(name))
-        if words:
-            raise InputError(f"checkpoint {path}: {name} in its recipe is not {words}")
-    recipe = {name: recipe[name] for name in DEFAULT_RECIPE}
+    # constants that earlier recipes did not have yet
+    recipe = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224), "LAYER_BITS": {}} | recipe
+    for name, legal in RECIPE.items():
+        if name not in recipe or not legal.allows(recipe[name]):
+            raise InputError(f"checkpoint {path}: {name} in its recipe is not {legal.words}")
+    recipe = {name: recipe[name] for name in RECIPE}
     int8_model = fill(INT8_Model(recipe), tensors, path)
     for layer in LAYERS:
-        for kind, bit in (("weight", recipe["WEIGHT_BIT"]), ("bias", recipe["BIAS_BIT"])):
+        for kind, bit in (("weight", layer_bit(recipe, layer)), ("bias", recipe["BIAS_BIT"])):
             limit = 2**(bit - 1) - 1
             if (int8_model.part(layer).get_buffer(kind).long().abs() > limit).any():
                 raise InputError(f"checkpoint {path}: {layer.name}.{kind} has an integer in it "
@@ -1126,14 +1251,14 @@ def evaluate(name, model, pictures, at=unwatched):
                   f"{left:.0f} seconds left")
             reported = now
     outcome = Outcome(files, torch.tensor(labels), torch.tensor(logits), float(meter.value()[0]))
-    print(f"{name} Top1: {outcome.top1:.3f}, {len(files)} of {len(pictures)} pictures")
+    print(f"{name} Top1: {outcome.top1:.3f}, {len(files)} of {len(pictures)} pictures of "
+          f"{short(pictures.folder)}")
     return outcome
 
 
 def calibrate(folded, pictures):
-    """The FP32 pass that sets the ranges of a folded network, from 0. Returns the Outcome."""
-    for place in PLACES:
-        folded.range_at(place).zero_()
+    """The FP32 pass that sets the ranges of a folded network. Returns the Outcome."""
+    folded.reset_ranges()
     return evaluate("FP32", folded, pictures, folded.update_range)
 
 
@@ -1160,7 +1285,7 @@ def kernels_saturate(recipe):
 
     x86 without VNNI adds pairs of products in 16 bits, which 2 * 255 * 127 overflows.
     """
-    inputs, weights = place_integers(recipe)["cv4"], int_range(recipe["WEIGHT_BIT"])
+    inputs, weights = place_integers(recipe)["cv4"], int_range(max(weight_widths(recipe)))
     x = torch.full((1, 16, 9, 9), inputs.high, dtype=torch.uint8, device=DEVICE)
     row = x.flatten(1)[:, :144].to(inputs.dtype)        # what FC1 reads
     weight = torch.full((16, 16, 3, 3), weights.high, dtype=torch.int8, device=DEVICE)
@@ -1223,6 +1348,9 @@ def time_networks(networks, pixels):
 
 # %%
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
+LOW_SQNR = 20       # dB: an error of a tenth of the logits, below which answers change
+OUTLIER = 100       # times the median: a channel so strong leaves the others a few integers each
+DRAWN = 6           # pictures that a notebook shows with their answers
 
 
 def decibels(signal, noise):
@@ -1281,45 +1409,12 @@ def compare(fp32, int8):
             "mcnemar": {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}}
 
 
-def checksum(pictures):
-    """Of the names and sizes of a CatDogDataset's files."""
-    paths = [pictures.folder / file for file in pictures.files]
-    sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
-    return zlib.crc32(repr((pictures.files, sizes)).encode())
-
-
-def against_before(before, report):
-    """What edited constants did to the figures of the run before, in words. Both: reports."""
-    report = json.loads(json.dumps(report))     # as the other was read: tuples are lists there
-    old, new = before["constants"], report["constants"]
-    edits = [f"{name} {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]]
-    others = [what for what, number in report["inputs"].items() if before["inputs"][what] != number]
-    if others:
-        change = f"other {', other '.join(others)}, so the figures cannot be compared"
-    else:
-        change = "Top1 {:.1f} -> {:.1f} %, same class {:.1f} -> {:.1f} %, SQNR {} -> {}".format(
-            before["int8"]["top1"], report["int8"]["top1"],
-            100 * before["agreement"], 100 * report["agreement"],
-            db(before["logit_sqnr_db"]), db(report["logit_sqnr_db"]))
-    edited = ",\n  ".join(edits) or "the same constants"
-    return f"against the run before: {edited}:\n  {change}"
-
-
-def print_against(path, report):
-    """Compare with the report of the run before, where `path` holds one of this script."""
-    try:
-        print(against_before(json.loads(path.read_bytes()), report))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        print(f"{path} is damaged, or no report of this script: nothing to compare with")
-
-
 def name_of(recipe):
-    """INT8, or where integers have fewer bits W4A8: 4 for weights, 8 for activations."""
-    if recipe["WEIGHT_BIT"] == recipe["BIT"] == 8:
+    """INT8, or where integers have fewer bits W4-8A8: 4 to 8 for weights, 8 for activations."""
+    widths = weight_widths(recipe)
+    if widths == [8] and recipe["BIT"] == 8:
         return "INT8"
-    return f"W{recipe['WEIGHT_BIT']}A{recipe['BIT']}"
+    return f"W{'-'.join(map(str, {widths[0]: 0, widths[-1]: 0}))}A{recipe['BIT']}"
 
 
 def db(value):
@@ -1372,7 +1467,7 @@ def print_summary(report):
               f"{row['ms_per_image']:>14.2f}{row['file_bytes']:>14,}")
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
           f"{db(report['logit_sqnr_db'])}, {name} {report['speedup']:.1f} times as fast")
-    if report["recipe"]["WEIGHT_BIT"] < 8:
+    if weight_widths(report["recipe"])[0] < 8:
         print("Weights of fewer bits make a smaller file; if 8 have kernels, nothing faster.")
     for label, row in networks:
         (cats, cats_as_dogs), (dogs_as_cats, dogs) = row["confusion"]
@@ -1382,6 +1477,9 @@ def print_summary(report):
     verdict = "can be chance" if test["p"] >= 0.05 else "more than chance"
     print(f"{name} corrects {test['gained']} and spoils {test['lost']} FP32 answers: {verdict} "
           f"(McNemar's p = {test['p']:.2g})")
+    if report["inputs"]["evaluation_crc"] == report["inputs"]["calibration_crc"]:
+        print("Calibrated on the pictures that are counted: this flatters the ranges and hides\n"
+              "what HEADROOM does.")
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
           "were left out")
     for flip in report["flips"][:LISTED]:
@@ -1399,13 +1497,178 @@ def print_summary(report):
         print(f"  (at most {LISTED} of a kind are shown here; all are in report.json)")
 
 
+def hints(report, folded, int8_model):
+    """What to look at next, in at most three lines; none where nothing stands out."""
+    found, recipe, fp32 = [], int8_model.recipe, report["fp32"]
+    chance, (low, high) = 100 / len(CLASSES), fp32["interval95"]
+    if high < chance:
+        found.append(f"FP32 Top-1 of {fp32['top1']:.1f} % is worse than guessing: do the labels in "
+                     "the files' names belong to other classes than the weights were trained on?")
+    elif low < chance and report["images"]["evaluated"] >= SAMPLE:
+        found.append(f"FP32 Top-1 of {fp32['top1']:.1f} % is near guessing: were the weights "
+                     "trained on pixels from 0 to 255, and on these labels?")
+    limit = 2**(recipe["BIAS_BIT"] - 1) - 1
+    clipped = {layer.name: int((int8_model.part(layer).bias.long().abs() == limit).sum())
+               for layer in LAYERS}
+    if any(clipped.values()):
+        where = ", ".join(f"{count} in {name}" for name, count in clipped.items() if count)
+        found.append(f"BIAS_BIT = {recipe['BIAS_BIT']} clips {sum(clipped.values())} biases "
+                     f"({where}): more bits avoid it.")
+    sqnr = report["logit_sqnr_db"]
+    if sqnr is not None and sqnr < LOW_SQNR:
+        place, times = max(((place, outlier(folded.range_at(place))) for place in PLACES[1:-1]),
+                           key=lambda pair: pair[1])
+        strongest = (f" {place}'s strongest channel is {times:,.0f} times its median one, and all "
+                     "share one scale." if times >= OUTLIER else "")
+        found.append(f"Logit SQNR is below {LOW_SQNR} dB: python tools/explain.py shows where the "
+                     f"error is born.{strongest}")
+    silent = {place: int((folded.range_at(place) == 0).sum()) for place in PLACES}
+    if any(silent.values()):
+        where = ", ".join(f"{count} of {len(folded.range_at(place))} in {place}"
+                          for place, count in silent.items() if count)
+        found.append(f"Channels that were never active in calibration: {where}.")
+    pictures = report["images"]["calibrated"]
+    if pictures < SAMPLE:
+        found.append(f"Only {pictures} calibration pictures: other pictures may exceed their "
+                     f"ranges. {SAMPLE} or more are better.")
+    return found[:3]
+
+
+def outlier(ranges):
+    """How many times the median of the active channels the strongest one reaches."""
+    active = ranges[ranges > 0]
+    return (active.max() / active.median()).item() if len(active) else 0
+
+
+def draw_answers(pictures, fp32, int8, name):
+    """A Pillow picture of the first pictures, those that changed before, with both answers."""
+    order = sorted(range(len(fp32.files)), key=lambda i: bool(fp32.classes[i] == int8.classes[i]))
+    order, side = order[:DRAWN], 160
+    sheet = Image.new("RGB", (side * len(order), side + 56), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, i in enumerate(order):
+        path = pictures.folder / fp32.files[i]
+        sheet.paste(Image.fromarray(decode(path, (side - 8, side - 8))), (side * column + 4, 4))
+        lines = [path.name] + [f"{label}: {CLASSES[answer.classes[i]]} "
+                               f"{answer.logits[i].max():.3f}"
+                               for label, answer in (("FP32", fp32), (name, int8))]
+        draw.text((side * column + 6, side), "\n".join(lines), "black", font)
+    return sheet
+
+
+# %% [markdown]
+# ## The table of runs
+# Every run adds a row to `runs.csv`, which a spreadsheet or pandas opens. What is printed of it
+# compares the runs on the same pictures and weights.
+
+# %%
+RUNS_LISTED = 12    # of the last runs
+
+
+def run_row(report):
+    """{column: text} of a run: when, on what, its figures, its constants."""
+    sqnr = report["logit_sqnr_db"]
+    row = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), **report["inputs"],
+           "fp32_top1": f"{report['fp32']['top1']:.3f}", "top1": f"{report['int8']['top1']:.3f}",
+           "same_class": f"{100 * report['agreement']:.3f}",
+           "sqnr_db": "inf" if sqnr is None else f"{sqnr:.2f}",
+           "p": f"{report['mcnemar']['p']:.2g}", "fp32_ms": f"{report['fp32']['ms_per_image']:.3f}",
+           "ms": f"{report['int8']['ms_per_image']:.3f}", "bytes": report["int8"]["file_bytes"]}
+    return {name: printable(str(value)) for name, value in (row | report["constants"]).items()}
+
+
+def csv_line(cells):
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def add_run(path, row):
+    """Append a row to the table of runs, and return its readable rows, the new one last.
+
+    One write appends it, so that of two runs at once neither loses its row. A table that has other
+    columns is renamed and stays. Raises InputError where the file cannot be written.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n") if path.exists() else [""]
+        if lines != [""] and lines[0].rstrip("\r") + "\n" != csv_line(row):
+            numbered = (path.with_stem(f"runs-{i}") for i in itertools.count(1))
+            aside = next(other for other in numbered if not other.exists())
+            path.rename(aside)
+            print(f"{short(path)} has other columns than this version's: kept as {aside.name}")
+            lines = [""]
+        begin = csv_line(row) if lines == [""] else "\n" if lines[-1] else ""
+        with open(path, "ab") as file:
+            file.write((begin + csv_line(row.values())).encode())
+    except OSError as error:
+        raise InputError(f"cannot write {short(path)}: {error}; set OUTPUT_DIR") from None
+    rows = [parsed_run(line, list(row)) for line in lines[1:] if line.strip()]
+    unreadable = rows.count(None)
+    if unreadable:
+        print(f"{short(path)}: {unreadable} rows cannot be read and are left out")
+    return [each for each in rows if each] + [row]
+
+
+def parsed_run(line, columns):
+    """{column: text} of a line of the table of runs, or None where it cannot be read."""
+    try:
+        row = dict(zip(columns, next(csv.reader([line])), strict=True))
+        for name in ("sqnr_db", "same_class", "top1", "p", "ms", "bytes"):
+            float(row[name])
+        return row
+    except (ValueError, csv.Error, StopIteration):
+        return None
+
+
+def print_runs(rows):
+    """Print the last runs that share pictures and weights with the last row.
+
+    Constants have a column where they differ. > marks the last run, * the best SQNR.
+    """
+    same = [row for row in rows if all(row[name] == rows[-1][name] for name in
+                                       ("evaluation_crc", "checkpoint_crc"))][-RUNS_LISTED:]
+    columns = {"run": [f"{'>' if row is rows[-1] else ''}{i}" for i, row in enumerate(same, 1)]}
+    for name in [name for name in [*LEGAL, "calibration_crc"] if name in rows[-1]]:
+        cells = [row[name] for row in same]
+        explained = name == "calibration_crc" and {"DATA_DIR", "CALIBRATION_SPLIT"} & set(columns)
+        if len(set(cells)) > 1 and not explained:
+            columns[name] = [shown(cell, 24) for cell in cells]
+    sqnr = [float(row["sqnr_db"]) for row in same]
+    columns["SQNR dB"] = [f"{value:.1f}{'*' if value == max(sqnr) else ' '}" for value in sqnr]
+    for heading, name, style in (
+            ("same class", "same_class", ".1f"), ("Top-1 %", "top1", ".1f"), ("p", "p", ".2g"),
+            ("ms", "ms", ".2f"), ("bytes", "bytes", ",.0f")):
+        columns[heading] = [format(float(row[name]), style) for row in same]
+    print(f"\nThe last runs on these pictures and weights, FP32 Top-1 {rows[-1]['fp32_top1']} %\n"
+          "(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)")
+    print_columns(columns)
+
+
+def print_columns(columns, width=80):
+    """Print {heading: cells}, each heading a word a line, in blocks that are at most so wide."""
+    texts = []
+    for heading, cells in columns.items():
+        words = heading.replace("_", "_ ").split()
+        texts.append([word.rjust(max(map(len, [*words, *cells]))) for word in words + cells])
+    height = max(len(text) for text in texts)
+    texts = [[" " * len(text[0])] * (height - len(text)) + text for text in texts]
+    first, *others = texts
+    while others:
+        block, left = [first], width - len(first[0])
+        while others and left > len(others[0][0]):
+            block.append(others.pop(0))
+            left -= 1 + len(block[-1][0])
+        print("\n".join(" ".join(cells) for cells in zip(*block)))
+
+
 # %% [markdown]
 # ## The run
-# Each step is a cell. First the constants, of which those that you changed are marked, and the
-# pictures: a file whose name tells no label is left out and listed at the end.
+# Each step is a cell. First the constants and the pictures: a file whose name tells no label is
+# left out and listed at the end.
 
 # %%
 if __name__ == "__main__":
+    set_constants(command_line(), __doc__)
     prepare_process()
     constants = check_constants()
     recipe = current_recipe()
@@ -1461,7 +1724,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     fp32_model, int8_model = quantize_network(folded, calibration.first(SAMPLE), recipe)
-    if EQUALIZE:
+    if recipe["EQUALIZE"]:
         change = largest_change(folded, fp32_model, pixels)
         print(f"equalizing changed a logit by at most {change:.3g}")
     layers = layer_rows(int8_model)
@@ -1498,9 +1761,9 @@ if __name__ == "__main__":
     left_out = sorted((calibration.skipped | evaluation.skipped).items())
     report = {
         "constants": constants, "recipe": recipe, "torch": torch.__version__, "device": str(DEVICE),
-        "inputs": {"evaluation pictures": checksum(evaluation),
-                   "calibration pictures": checksum(calibration),
-                   "checkpoint": zlib.crc32(fp32_file)},
+        "inputs": {"evaluation_crc": evaluation.checksum(),
+                   "calibration_crc": calibration.checksum(),
+                   "checkpoint_crc": zlib.crc32(fp32_file)},
         "images": {"evaluated": len(int8.files), "calibrated": len(calibrated.files)},
         "skipped": [{"file": file, "reason": reason} for file, reason in left_out],
         "engine": int8_model.engine, "exact": exact, "layers": layers,
@@ -1508,11 +1771,14 @@ if __name__ == "__main__":
     report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_file)}
     report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(checkpoint)}
     print_summary(report)
-    print_against(output / "report.json", report)
+    for hint in hints(report, folded, int8_model):
+        print(textwrap.fill(f"Hint: {hint}", 80))
+    if hasattr(builtins, "display"):            # in a notebook
+        display(draw_answers(evaluation, fp32, int8, name_of(recipe)))      # noqa: F821
 
 # %% [markdown]
 # ### Keep
-# The INT8 network, loaded back to the same logits, and all figures.
+# The INT8 network, loaded back to the same logits, all figures, and a row in the table of runs.
 
 # %%
 if __name__ == "__main__":
@@ -1521,4 +1787,12 @@ if __name__ == "__main__":
     kept = INT8_Model.load(output / "INT8_checkpoint.pth.tar")
     change = largest_change(int8_model, kept, pixels)
     print(f"loaded back, the {name_of(recipe)} checkpoint changes a logit by {change:g}")
-    print(f"wrote {output}/INT8_checkpoint.pth.tar and report.json")
+    print(f"wrote {short(output)}/INT8_checkpoint.pth.tar and report.json")
+    print_runs(add_run(output / "runs.csv", run_row(report)))
+
+# %% [markdown]
+# ### Explain
+# Why answers changed, in tables and a picture. A notebook runs the tool; a program leaves it out.
+
+# %%
+# %run tools/explain.py

@@ -15,8 +15,10 @@ LAYERS = [("cnn1", "bn1", "input", "cv1"), ("cnn2", "bn2", "cv1", "cv2"), ("cnn3
 PLACES = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
 TINY = np.float32(1e-12)            # a range below it counts as this
 
-# bit: width of the integers at the places; weight_bit and bias_bit: of those of the weights and biases
-Recipe = namedtuple("Recipe", "bit weight_bit per_channel unsigned bias_bit quantize_logits headroom")
+# bit: width of the integers at the places; weight_bit and bias_bit: of those of the weights and biases; layer_bits:
+# {layer: width of its weights} where it is another than weight_bit
+Recipe = namedtuple("Recipe", "bit weight_bit per_channel unsigned bias_bit quantize_logits headroom layer_bits",
+                    defaults=[{}])
 
 
 def linear(x, w):
@@ -65,9 +67,9 @@ def forward(state, pixels):
 
 
 def ranges(places):
-    """{place: largest magnitude in each channel}."""
+    """{place: largest magnitude in each channel}; pixels may reach 255, whatever these do."""
     return {place: np.abs(np.moveaxis(values, 1, 0)).reshape(values.shape[1], -1).max(1)
-            for place, values in places.items()}
+            for place, values in places.items()} | {"input": np.full(3, 255.0)}
 
 
 def folded(state, layer, bn):
@@ -98,6 +100,11 @@ def limits(recipe, place):
     return -(2**(recipe.bit - 1) - 1), 2**(recipe.bit - 1) - 1
 
 
+def largest_weight(recipe, layer):
+    """Largest integer of a layer's weights."""
+    return 2**(recipe.layer_bits.get(layer, recipe.weight_bit) - 1) - 1
+
+
 def scales(recipe, ranges):
     """{place: scale} of {place: largest magnitude at it}."""
     room = {"cv4": recipe.headroom, "fc1": recipe.headroom}                     # what the fully connected layers read
@@ -116,9 +123,9 @@ def notebook_weights(w, b, in_scale, bit):
     return quantize(w, w_scale, -largest, largest), quantize(b, w_scale * in_scale, -largest_b, largest_b), w_scale
 
 
-def mended_weights(w, b, in_scale, recipe):
+def mended_weights(w, b, in_scale, recipe, layer):
     """One scale per output channel or per layer, no scale so large that the bias leaves int32."""
-    largest, largest_b = 2**(recipe.weight_bit - 1) - 1, 2**(recipe.bias_bit - 1) - 1
+    largest, largest_b = largest_weight(recipe, layer), 2**(recipe.bias_bit - 1) - 1
     group = (len(w), -1) if recipe.per_channel else (1, -1)
     w_scale = divide(largest, np.maximum(np.abs(w).reshape(group).max(1), TINY))
     bias_range = np.abs(b).reshape(group).max(1) * in_scale

@@ -8,7 +8,6 @@ import importlib.util
 import pickle
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +16,34 @@ import quantize_catdog as script
 import torch
 
 import oracle
+from helpers import (
+    DEVICE,
+    KERNELS,
+    LAYERS,
+    MANY,
+    METHODS,
+    PIXELS,
+    PLACES,
+    SCRIPT,
+    STATE,
+    Pictures,
+    as_constants,
+    case_name,
+    default,
+    integers_of,
+    network,
+    notebook,
+    observe,
+    observed,
+    random_state,
+    scales_of,
+)
 
-SCRIPT = Path(__file__).resolve().parent.parent / "quantize_catdog.py"
+ENGINES = ["reference", "onednn"] if KERNELS else ["reference"]
+MIXED = default()._replace(layer_bits={"cnn2": 2, "cnn4": 3, "fc1": 4})        # the others have 8
+CASES = [recipe(bit) for recipe in (default, notebook) for bit in range(2, 9)]
+CASES += [default(8, 4), default(8, 7), default(4, 8), notebook(8, 4), notebook(4, 8)]
+CASES += [MIXED, default(8, 4)._replace(layer_bits={"cnn1": 8, "fc2": 8}), notebook()._replace(layer_bits={"fc1": 4})]
 
 
 def import_script(path):
@@ -26,41 +51,6 @@ def import_script(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-LAYERS, PLACES, DEVICE = script.LAYERS, script.PLACES, script.DEVICE
-KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where the INT8 kernels must be exact
-ENGINES = ["reference", "onednn"] if KERNELS else ["reference"]
-METHODS = ("EQUALIZE", "GPTQ", "BIAS_CORRECTION")
-
-
-def default(bit=8, weight_bit=None):
-    """The default recipe; weights have as many bits as the places' integers unless told otherwise."""
-    return oracle.Recipe(bit, weight_bit or bit, per_channel=True, unsigned=True, bias_bit=32, quantize_logits=False,
-                         headroom=2)
-
-
-def notebook(bit=8, weight_bit=None):
-    """The notebook's recipe; its biases have twice as many bits as its weights."""
-    weight_bit = weight_bit or bit
-    return oracle.Recipe(bit, weight_bit, per_channel=False, unsigned=False, bias_bit=2 * weight_bit,
-                         quantize_logits=True, headroom=1)
-
-
-CASES = [recipe(bit) for recipe in (default, notebook) for bit in range(2, 9)]
-CASES += [default(8, 4), default(8, 7), default(4, 8), notebook(8, 4), notebook(4, 8)]
-
-
-def case_name(recipe):
-    return f"{'default' if recipe.per_channel else 'notebook'}-W{recipe.weight_bit}A{recipe.bit}"
-
-
-def as_constants(recipe, *methods):
-    """{constant: value} of a recipe, as the script takes it; of its three methods those that are named."""
-    return {"IMAGE_SIZE": (224, 224), "BIT": recipe.bit, "WEIGHT_BIT": recipe.weight_bit,
-            "PER_CHANNEL": recipe.per_channel, "UNSIGNED_RELU": recipe.unsigned, "BIAS_BIT": recipe.bias_bit,
-            "QUANTIZE_LOGITS": recipe.quantize_logits, "HEADROOM": recipe.headroom,
-            **{method: method in methods for method in METHODS}}
 
 
 @contextmanager
@@ -73,44 +63,6 @@ def constants(recipe):
         yield
 
 
-# Networks and pictures
-
-def random_state(seed=0):
-    """Weights and batch-norm statistics of a size that training leaves, with the awkward cases among them."""
-    rng = np.random.default_rng(seed)
-    state = {}
-    shapes = {"cnn1": (16, 3, 5, 5), "cnn2": (32, 16, 5, 5), "cnn3": (16, 32, 3, 3), "cnn4": (8, 16, 3, 3),
-              "fc1": (512, 968), "fc2": (2, 512)}
-    for layer, bn, _, _ in oracle.LAYERS:
-        out, inputs = shapes[layer][0], np.prod(shapes[layer][1:])
-        state[f"{layer}.weight"] = rng.normal(0, (2 / inputs)**0.5, shapes[layer])
-        state[f"{layer}.bias"] = rng.normal(0, 0.2, out)
-        if bn:
-            state[f"{bn}.weight"] = rng.uniform(0.3, 1.5, out)
-            state[f"{bn}.bias"] = rng.normal(0, 0.4, out)
-            state[f"{bn}.running_mean"] = rng.normal(0, 0.3, out)
-            state[f"{bn}.running_var"] = rng.uniform(0.2, 2, out)
-            state[f"{bn}.weight"][1] *= -1          # a channel turned over
-            state[f"{bn}.running_var"][2] = 0       # eps alone keeps this one finite ...
-            state[f"{bn}.weight"][2] *= 1e-3        # ... and of ordinary size
-    state["cnn1.weight"] /= 64                      # the network takes raw pixels
-    return {name: value.astype(np.float32) for name, value in state.items()}
-
-
-def random_pixels(n=2, seed=1):
-    """uint8 (n, 3, 224, 224), channels-last in memory as the script's own batches; coarse shapes and noise."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (n, 14, 14, 3)).repeat(16, 1).repeat(16, 2)
-    pixels = np.clip(coarse + rng.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def network(state):
-    model = script.CNN_Model()
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
-    return model.to(DEVICE).eval().to(memory_format=torch.channels_last)
-
-
 @torch.no_grad()
 def values_of(model, pixels):
     """{place: values} of an FP32 or INT8 model."""
@@ -121,26 +73,6 @@ def values_of(model, pixels):
 def run(model, pixels):
     """({place: values}, logits); the logits come from a pass that nobody watches."""
     return values_of(model, pixels), model(pixels.to(DEVICE)).cpu()
-
-
-class Batches(list):
-    """Batches of pixels as a CatDogDataset gives them, for `calibrate`. Every picture is a dog."""
-
-    def batches(self):
-        for pixels in self:
-            yield pixels, torch.ones(len(pixels), dtype=torch.int64), ["dog.jpg"] * len(pixels)
-
-
-def observe(model, *batches):
-    """Show pictures to the observers and return the logits."""
-    return script.calibrate(model, Batches(batches)).logits
-
-
-def observed(state, pixels):
-    """The folded network of these weights whose observers have seen the pictures."""
-    model = network(state).fused()
-    observe(model, pixels)
-    return model
 
 
 def channel_ranges_of(model):
@@ -169,16 +101,6 @@ def assert_same_state(model, state):
     assert found.keys() == state.keys()
     for name, value in state.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
-
-
-def scales_of(model):
-    return {place: model.scale_at(place).cpu().numpy() for place in PLACES}
-
-
-def integers_of(model):
-    parts = {layer.name: model.part(layer) for layer in LAYERS}
-    return {name: (part.weight.cpu().numpy(), part.bias.cpu().numpy(), part.w_scale.cpu().numpy())
-            for name, part in parts.items()}
 
 
 def weights_of(folded):
@@ -210,19 +132,6 @@ def assert_same_pass(recipe, int8, pixels):
         assert torch.equal(found_logits, logits)
         int8.engine = "reference"
     return SimpleNamespace(places=places, logits=logits, totals=totals)
-
-
-STATE = random_state()
-PIXELS = random_pixels()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A second thread gains little on so few pictures, and costs minutes where other programs hold its core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -259,16 +168,19 @@ def test_importing_runs_nothing(tmp_path, monkeypatch, capfd):
 
 
 def test_constants_are_the_default_recipe():
-    assert script.current_recipe() == script.DEFAULT_RECIPE == as_constants(default(), *METHODS)
-    with constants(notebook(5, 3)):
-        assert script.current_recipe() == as_constants(notebook(5, 3), *METHODS)
+    assert script.current_recipe() == as_constants(default(), *METHODS)
+    for recipe in (notebook(5, 3), MIXED):
+        with constants(recipe):
+            assert script.current_recipe() == as_constants(recipe, *METHODS)
+            before = dict(recipe.layer_bits)
+            script.current_recipe()["LAYER_BITS"]["fc2"] = 2                    # of a copy: the constant stays
+            assert script.LAYER_BITS == before
 
 
 @pytest.mark.parametrize("cores, threads", [(None, 1), (2, 2), (16, 16), (64, 16)])
 def test_threads_are_at_most_sixteen(monkeypatch, cores, threads):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    found = import_script(SCRIPT)
-    assert found.NUM_WORKERS == found.DEFAULTS["NUM_WORKERS"] == threads
+    assert import_script(SCRIPT).NUM_WORKERS == threads
 
 
 def test_layers_are_the_oracles():
@@ -337,8 +249,28 @@ def test_ranges(calibrated, expected):
     assert_ranges(calibrated, oracle.ranges(expected))
 
 
-def test_ranges_start_at_zero():
-    assert set(ranges_of(script.CNN_Model()).values()) == {0.0}
+def test_ranges_start_at_zero_but_for_the_input():
+    """Whose pixels reach 255, whatever those that calibrate reach: no scale of the input depends on them."""
+    start = {place: 255 if place == "input" else 0 for place in PLACES}
+    assert ranges_of(script.CNN_Model()) == start
+    for largest in (0, 230, 255):
+        model = observed(STATE, PIXELS.clip(max=largest))
+        assert model.range_input.tolist() == [255] * 3 and ranges_of(model)["fc2"] > 0
+        model.reset_ranges()
+        assert ranges_of(model) == start
+
+
+def test_notebooks_integers_are_those_of_ranges_that_the_pictures_alone_set():
+    """Where the pictures reach 255, as the notebook's do."""
+    model = observed(STATE, PIXELS)
+    integers, expected = state_of(model.cl_scale(as_constants(notebook()))), channel_ranges_of(model)
+    assert PIXELS.amax((0, 2, 3)).tolist() == [255] * 3
+    for place in PLACES:
+        model.range_at(place).zero_()
+    with torch.no_grad():
+        model(PIXELS.to(DEVICE), model.update_range)
+    assert_ranges(model, expected, rtol=0)
+    assert_same_state(model.cl_scale(as_constants(notebook())), integers)
 
 
 def test_range_is_of_the_values_before_pooling():
@@ -366,7 +298,8 @@ def test_observer_takes_magnitudes(place):
         data = torch.tensor([values, [1.0, -1.0]]).repeat(1, channels // 2)
         assert model.update_range(place, data) is data                  # goes on as it is
         assert model.range_at(place).tolist() == largest * (channels // 2)
-    assert {other: largest for other, largest in ranges_of(model).items() if largest} == {place: 6.0}
+    seen = {other: largest for other, largest in ranges_of(model).items() if largest and other != "input"}
+    assert seen == {place: 6.0}
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -389,7 +322,7 @@ def test_observer_of_maps_looks_at_every_position(memory):
 def test_observers_keep_the_largest_of_all_batches():
     dim, bright = PIXELS // 4, PIXELS
     alone = [channel_ranges_of(observed(STATE, batch)) for batch in (dim, bright)]
-    assert (alone[0]["input"] < alone[1]["input"]).all() and (alone[0]["cv4"] != alone[1]["cv4"]).any()
+    assert (alone[0]["cv1"] < alone[1]["cv1"]).any() and (alone[0]["fc2"] != alone[1]["fc2"]).any()
     both = {place: np.maximum(alone[0][place], alone[1][place]) for place in PLACES}
     model = network(STATE).fused()
     for order in [(dim, bright), (bright, dim), (bright, dim, dim)]:
@@ -402,11 +335,11 @@ def test_observers_keep_the_largest_of_all_batches():
 def test_observers_are_off_outside_calibration():
     model = network(STATE).fused()
     logits = run(model, PIXELS)[1]
-    assert set(ranges_of(model).values()) == {0.0}
+    assert set(ranges_of(model).values()) == {0.0, 255.0}
     before = {name: value for name, value in state_of(model).items() if not name.startswith("range_")}
-    outcome = script.calibrate(model, Batches([PIXELS, PIXELS[:1]]))
+    outcome = script.calibrate(model, Pictures(torch.cat([PIXELS, PIXELS[:1]]), [1, 1, 1]))
     assert torch.equal(torch.cat([logits, logits[:1]]), outcome.logits)         # and observing changes no logit
-    assert outcome.labels.tolist() == [1, 1, 1] and outcome.files == ["dog.jpg"] * 3
+    assert outcome.labels.tolist() == [1, 1, 1] and outcome.files == ["cat.0.jpg", "cat.1.jpg", "cat.2.jpg"]
     assert outcome.top1 == pytest.approx(100 * (outcome.logits[:, 1] > outcome.logits[:, 0]).double().mean().item())
     assert set(ranges_of(model).values()).isdisjoint({0.0})
     after = state_of(model)
@@ -548,10 +481,10 @@ def test_weights_and_biases(case):
         w, b = case.weights[layer.name]
         in_scale = case.scales[layer.source]
         wq, bq, w_scale = case.integers[layer.name]
-        if not case.recipe.per_channel:
-            formulas = oracle.notebook_weights(w, b, in_scale, case.recipe.weight_bit)
+        if case.recipe.per_channel or case.recipe.layer_bits:
+            formulas = oracle.mended_weights(w, b, in_scale, case.recipe, layer.name)
         else:
-            formulas = oracle.mended_weights(w, b, in_scale, case.recipe)
+            formulas = oracle.notebook_weights(w, b, in_scale, case.recipe.weight_bit)
         assert w_scale.shape == ((len(w),) if case.recipe.per_channel else (1,))
         np.testing.assert_array_equal(w_scale, formulas[2], err_msg=layer.name)
         np.testing.assert_array_equal(wq, formulas[0], err_msg=layer.name)
@@ -566,7 +499,7 @@ def test_integers_stand_for_the_weights(case):
         group = (len(w), -1) if case.recipe.per_channel else (1, -1)
         real = wq.reshape(group) / w_scale.reshape(-1, 1).astype(np.float64)
         assert (np.abs(real - w.reshape(group)) * w_scale.reshape(-1, 1)).max() < 0.5001
-        assert (np.abs(wq).reshape(group).max(1) == 2**(case.recipe.weight_bit - 1) - 1).all()
+        assert (np.abs(wq).reshape(group).max(1) == oracle.largest_weight(case.recipe, layer.name)).all()
         steps = b * (w_scale.astype(np.float64) * case.scales[layer.source])
         largest = 2**(case.recipe.bias_bit - 1) - 1
         # a product of scales is an FP32 number, so a long bias is as long as those are precise
@@ -619,15 +552,16 @@ def test_accumulator_bits(case):
 
 
 def test_values_stay_in_their_bits(case):
-    """BIT says what the places hold, WEIGHT_BIT what the weights do; both to the last integer."""
+    """BIT says what the places hold, WEIGHT_BIT and LAYER_BITS what the weights do; all to the last integer."""
     high = 2**case.recipe.bit - 1 if case.recipe.unsigned else 2**(case.recipe.bit - 1) - 1
-    half, half_w = 2**(case.recipe.bit - 1) - 1, 2**(case.recipe.weight_bit - 1) - 1
+    half = 2**(case.recipe.bit - 1) - 1
     for place in PLACES[:5]:
         assert case.places[place].max() <= high, place
     assert case.places["input"].max() == high
     assert -half <= case.places["fc1"].min() and case.places["fc1"].max() <= half
-    for wq, bq, _ in case.integers.values():
-        assert np.abs(wq).max() == half_w
+    for name, (wq, bq, _) in case.integers.items():
+        width = case.recipe.layer_bits.get(name, case.recipe.weight_bit)
+        assert np.abs(wq).max() == 2**(width - 1) - 1, name
         assert np.abs(bq.astype(np.int64)).max() <= 2**(case.recipe.bias_bit - 1) - 1
 
 
@@ -643,15 +577,22 @@ def test_pixels_pass_unchanged(calibrated):
     assert torch.equal(run(calibrated.cl_scale(as_constants(default())), PIXELS)[0]["input"], PIXELS)
 
 
+def of_input_range(largest, recipe):
+    """An INT8 network whose input has this range, as checkpoints of dim calibration pictures may have it."""
+    folded = observed(STATE, PIXELS)
+    folded.range_input.fill_(largest)
+    return folded.cl_scale(as_constants(recipe))
+
+
 def test_pixels_of_another_scale_are_quantized():
-    """Dim calibration pictures stretch the integers; brighter pixels than theirs are clipped."""
-    int8 = observed(STATE, PIXELS // 2).cl_scale(as_constants(default()))
+    """A small range stretches the integers; brighter pixels are clipped."""
+    int8 = of_input_range(127, default())
     places = assert_same_pass(default(), int8, PIXELS).places
     assert torch.equal(places["input"], (PIXELS.double() * 255 / 127).round().clip(max=255).byte())
 
 
 def test_pixels_of_scale_1_are_clipped_to_fewer_bits():
-    int8 = observed(STATE, PIXELS.clip(max=15)).cl_scale(as_constants(default(4)))
+    int8 = of_input_range(15, default(4))
     assert scales_of(int8)["input"] == 1
     assert torch.equal(assert_same_pass(default(4), int8, PIXELS).places["input"], PIXELS.clip(max=15))
 
@@ -850,7 +791,6 @@ def test_plain_pictures(recipe, pixel, calibrated):
     assert_same_pass(recipe, calibrated.cl_scale(as_constants(recipe)), plain(pixel))   # calibrated on others
     recipe = recipe._replace(bias_bit=32)       # 16 bits clip the biases behind a range of 0
     folded = observed(STATE, plain(pixel))                                              # and on this one alone
-    assert ranges_of(folded)["input"] == pixel
     assert_same_pass(recipe, assert_close_to_fp32(folded, recipe, plain(pixel)), plain(pixel))
 
 
@@ -898,7 +838,7 @@ def test_dead_networks(name, recipe):
     assert_same_pass(recipe, int8, PIXELS[:1])
     weights, integers, scales = weights_of(folded), integers_of(int8), scales_of(int8)
     for layer in LAYERS:
-        formulas = oracle.mended_weights(*weights[layer.name], scales[layer.source], recipe)
+        formulas = oracle.mended_weights(*weights[layer.name], scales[layer.source], recipe, layer.name)
         for found, formula in zip(integers[layer.name], formulas):
             np.testing.assert_array_equal(found, formula, err_msg=layer.name)
 
@@ -1022,7 +962,7 @@ def test_bias_bit():
 
 def test_bias_is_clipped_to_the_integer_that_fp32_cannot_hold():
     recipe = as_constants(default()._replace(bias_bit=28))
-    bias = script.weight_quant(torch.full((2, 4), 1e-9), torch.tensor([0.5, -0.5]), torch.tensor(1.0), recipe)[1]
+    bias = script.weight_quant(torch.full((2, 4), 1e-9), torch.tensor([0.5, -0.5]), torch.tensor(1.0), 8, recipe)[1]
     assert bias.tolist() == [2**27 - 1, 1 - 2**27]
 
 
@@ -1077,7 +1017,6 @@ def test_headroom(calibrated):
 
 # Closer to FP32
 
-MANY = random_pixels(12, seed=4)
 SIX = MANY[:6]                      # two chunks, the second smaller
 
 
@@ -1162,8 +1101,8 @@ def assert_refined(recipe, methods, weights, fp32, before, int8):
     """
     scales, after = scales_of(int8), integers_of(int8)
     inputs, totals, _ = oracle.int8_pass(recipe, SIX.numpy(), scales, after)
-    largest = 2**(recipe.weight_bit - 1) - 1
     for layer, bn, source, place in oracle.LAYERS:
+        largest = oracle.largest_weight(recipe, layer)
         (wq, bq, w_scale), (plain_wq, plain_bq, plain_scale) = after[layer], before[layer]
         np.testing.assert_array_equal(w_scale, plain_scale, err_msg=layer)
         if bn and "GPTQ" in methods:
@@ -1191,7 +1130,7 @@ def assert_refined(recipe, methods, weights, fp32, before, int8):
             np.testing.assert_array_equal(moved, 0, err_msg=layer)
 
 
-REFINED = [(default(), ["GPTQ"]), (default(8, 2), ["GPTQ"]), (default(), ["BIAS_CORRECTION"]),
+REFINED = [(default(), ["GPTQ"]), (MIXED, ["GPTQ"]), (default(8, 2), ["GPTQ"]), (default(), ["BIAS_CORRECTION"]),
            (default(4), ["BIAS_CORRECTION"]), (notebook()._replace(bias_bit=32), ["GPTQ", "BIAS_CORRECTION"])]
 
 
@@ -1238,7 +1177,7 @@ def test_from_fp32_weights_to_refined_integers(six):
     scales = oracle.scales(recipe, {place: largest.max() for place, largest in ranges.items()})
     assert scales_of(int8) == {place: pytest.approx(scale, rel=1e-5) for place, scale in scales.items()}
     # where a weight lies at a tie FP32's last digit decides, so what is rounded from here on has the script's
-    before = {name: oracle.mended_weights(w, b, scales_of(int8)[source], recipe)
+    before = {name: oracle.mended_weights(w, b, scales_of(int8)[source], recipe, name)
               for (name, (w, b)), (_, _, source, _) in zip(weights_of(fp32_model).items(), oracle.LAYERS)}
     assert_refined(recipe, METHODS, weights_of(fp32_model), places, before, int8)
     assert_same_pass(recipe, int8, torch.cat([MANY[:2], plain(0), plain(255)]))

@@ -11,7 +11,8 @@ import pytest
 import quantize_catdog
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_engines  # noqa: E402
 import compare_notebook  # noqa: E402

@@ -1,20 +1,18 @@
 """What README.md and docs/results.md say is what runs: snippets, printed lines, figures; and who imports whom."""
 import ast
+import csv
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import quantize_catdog
 
-from test_script import ROOT, Place
+from helpers import README, ROOT, Place, blocks
 
-README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 MEASURED = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")       # a figure
-
-
-def blocks(text, language=""):
-    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text)
-    return [code for name, code in found if name == language]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +52,20 @@ def test_summary_is_what_the_run_prints(place):
 
 
 def test_run_fits_a_terminal_of_80_columns(place):
-    """All but the network as torch prints it, and lines with a path in them, which may be of any length."""
-    long = [line for line in place.printed.splitlines() if len(line) > 80 and str(place.folder) not in line]
+    """All but the network as torch prints it."""
+    long = [line for line in place.printed.splitlines() if len(line) > 80]
     assert all(re.match(r"  \((bn|maxpool)\d\): ", line) for line in long), long
     assert all(len(line) <= 80 for block in blocks(README) for line in block.splitlines())
+
+
+def test_table_of_runs_is_what_the_last_of_them_prints(place):
+    """Figures but for the times."""
+    for words in commands(next(block for block in blocks(README, "sh") if "python quantize_catdog.py" in block)):
+        printed = place.report(*words, OUTPUT_DIR="bench")[1]
+    shown = next(block for block in blocks(README) if block.startswith("The last runs"))
+    for a, b in zip(printed[printed.index("The last runs"):].splitlines(), shown.splitlines(), strict=True):
+        a, b = [re.sub(r"[\d.]+ (?=[\d,]+$)", "# ", " ".join(line.split())) for line in (a, b)]
+        assert_same_but_for_digits(a, b, 0.02)
 
 
 def test_value_followed_is_what_explain_prints(place):
@@ -73,21 +81,51 @@ def test_snippets_run(place):
     assert lines[0].startswith("('cat', [") and float(lines[-1]) == pytest.approx(95)
 
 
-def test_recipes_of_the_results_run(place):
-    """The snippet that made the table, on the drawings: a row for each of the table's."""
-    snippet, = blocks(RESULTS, "python")
-    rows = [line for line in run(place, "-c", snippet).splitlines() if line.startswith("| ")]
-    names = [row.split("|")[1] for row in rows]
-    table = [line.split("|")[1] for line in RESULTS.splitlines() if line.startswith("| ") and line.count("|") == 8]
-    assert len(rows) > 15 and names == table
-    assert rows[1].split("|")[2:5] == [" 95.0 % ", " 95.0 % ", " 100.0 % "]
+def commands(text):
+    """[words] of each run of the script in a shell's block, with variables as it sets them, without the folders, which
+    are the reader's own."""
+    variables = dict(re.findall(r'(?m)^(\w+)="(.*?)"', text))
+    lines = re.findall(r"(?m)^.*?python quantize_catdog\.py(.*)", text.replace("\\\n", ""))
+    split = [shlex.split(re.sub(r"\$(\w+)", lambda found: variables[found[1]], line), comments=True) for line in lines]
+    folders = ("DATA_DIR=", "CALIBRATION_SPLIT=", "EVALUATION_SPLIT=")
+    return [[word for word in words if not word.startswith(folders)] for words in split]
+
+
+def test_recipes_of_the_results_run(tmp_path):
+    """The commands above the table of recipes: each has a row there, and adds one with its constants to `runs.csv`."""
+    block = next(block for block in blocks(RESULTS, "sh") if block.count("python quantize_catdog.py") > 15)
+    place, recipes = Place(tmp_path, 2), commands(block)
+    table = RESULTS.split(block)[1].split("\n\n|")[1].split("\n\n")[0]
+    names = [row.split("|")[1].strip() for row in table.splitlines()[2:]]
+    assert names == [f"`{' '.join(words)}`" if words else "the default" for words in recipes]
+    for words in recipes:
+        place.report(*words, SAMPLE=2, TIMED_ROUNDS=1)
+    with open(place.results / "runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for words, row in zip(recipes, rows, strict=True):
+        expected = quantize_catdog.current_recipe()
+        for word in words:
+            name, _, text = word.partition("=")
+            expected |= {name: ast.literal_eval(text)} if text else quantize_catdog.PRESETS[word]
+        assert {name: row[name] for name in expected} == {name: str(value) for name, value in expected.items()}, words
+
+
+@pytest.mark.parametrize("text", [*blocks(README), *blocks(README, "sh"), quantize_catdog.__doc__],
+                         ids=lambda text: text.split("\n")[0][:30])
+def test_commands_are_legal(monkeypatch, text):
+    """The constants that they give, at least; the block of the results is run."""
+    for name in quantize_catdog.LEGAL:
+        monkeypatch.setattr(quantize_catdog, name, getattr(quantize_catdog, name))
+    for words in commands(text):
+        quantize_catdog.set_constants(words, "")
+        assert list(quantize_catdog.check_constants()) == list(quantize_catdog.LEGAL)
 
 
 def test_figures_of_the_readme_are_in_the_results():
     """The rows of README's table of results, each as it stands there, cells in order."""
     section = README[README.index("## Results"):README.index("## Keep it")]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         assert row.rstrip("| ") in RESULTS, row
     for figure in re.findall(r"\d+\.\d+", section):
@@ -95,13 +133,15 @@ def test_figures_of_the_readme_are_in_the_results():
 
 
 def test_constants_table_has_every_constant():
-    import quantize_catdog
     section = README[README.index("## Constants"):README.index("## Results")]
-    for name, default in (quantize_catdog.DEFAULTS | quantize_catdog.DEFAULT_RECIPE).items():
+    for name in quantize_catdog.LEGAL:
         assert f"`{name}`" in section, name
         if name != "NUM_WORKERS":
-            shown = f'"{default}"' if isinstance(default, str) else repr(default)
+            value = getattr(quantize_catdog, name)
+            shown = f'"{value}"' if isinstance(value, str) else repr(value)
             assert f"`{shown}`" in next(line for line in section.splitlines() if f"`{name}`" in line), name
+    for name in quantize_catdog.PRESETS:
+        assert f"`{name}`" in section, name
 
 
 def imported(path):
@@ -123,7 +163,6 @@ def test_script_imports_its_four_packages_alone():
                          ids=lambda path: path.name)
 def test_tools_reach_into_the_script_by_its_names(path):
     """By the module, and by names that it has and that are not private."""
-    import quantize_catdog
     tree = ast.parse(path.read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == "script"}

@@ -6,19 +6,17 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import quantize_catdog as script
 import torch
 
-from test_docs import README, blocks
+from helpers import README, ROOT, blocks
 
 onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_engines  # noqa: E402
 import export_onnx  # noqa: E402

@@ -7,7 +7,7 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 
-from test_script import ROOT, Place
+from helpers import ROOT, Place
 
 
 class Notebook:

@@ -3,8 +3,7 @@ import pytest
 import quantize_catdog as script
 import torch
 
-from test_arithmetic import one_thread  # noqa: F401, a fixture
-from test_script import Place
+from helpers import Pictures, Place
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +22,10 @@ def test_mcnemar(gained, lost, p):
     assert script.mcnemar(gained, lost) == p
 
 
-class Pictures(list):
-    """As a CatDogDataset: batches of black pictures, as many as labels."""
-
-    def batches(self):
-        yield torch.zeros(len(self), 3, 2, 2), torch.tensor(self), [f"{i}.jpg" for i in range(len(self))]
-
-
 def test_a_tie_is_a_cat(capsys):
     """In each figure: Top-1, pictures right, and what they were called."""
-    outcome = script.evaluate("INT8", lambda pixels, at: torch.ones(len(pixels), 2), Pictures([0, 0, 0, 1]))
+    pictures = Pictures(torch.zeros(4, 3, 2, 2), [0, 0, 0, 1])
+    outcome = script.evaluate("INT8", lambda pixels, at: torch.ones(len(pixels), 2), pictures)
     assert outcome.top1 == 75 and "INT8 Top1: 75.000, 4 of 4" in capsys.readouterr().out
     found = script.accuracy_of(outcome)
     assert found["correct"] == 3 and found["confusion"] == [[3, 0], [1, 0]]

@@ -1,6 +1,5 @@
 """What made the pictures and the checkpoint."""
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,19 +7,23 @@ import quantize_catdog
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 sys.path.insert(0, str(ROOT / "training"))
 import draw_cat_dog  # noqa: E402
 import train_checkpoint  # noqa: E402
 
+SEEDS = {"val": 0, "train": 2}        # of the shipped drawings: what --seed was
 
-def test_the_hundred_pictures():
+
+@pytest.mark.parametrize("split", SEEDS)
+def test_the_hundred_pictures(split):
     for kind in ("cat", "dog"):
         for i in range(50):
-            with Image.open(ROOT / "cat_dog" / "val" / f"{kind}.{i}.jpg") as image:
+            with Image.open(ROOT / "cat_dog" / split / f"{kind}.{i}.jpg") as image:
                 assert image.format == "JPEG" and image.mode == "RGB"
                 assert 250 <= min(image.size) <= max(image.size) <= 700
-    assert len(list((ROOT / "cat_dog" / "val").iterdir())) == 100
+    assert len(list((ROOT / "cat_dog" / split).iterdir())) == 100
 
 
 def test_a_seed_always_draws_the_same():
@@ -30,13 +33,16 @@ def test_a_seed_always_draws_the_same():
     assert draw_cat_dog.draw("cat", 8).resize((32, 32)).tobytes() != first.resize((32, 32)).tobytes()
 
 
-def test_shipped_pictures_are_the_tools():
-    """Up to JPEG's loss: the tool still draws what lies in cat_dog/val."""
+@pytest.mark.parametrize("split, seed", SEEDS.items())
+def test_shipped_pictures_are_the_tools(split, seed):
+    """Up to JPEG's loss: the tool still draws what lies in cat_dog. No drawing calibrates and is counted."""
     for kind, i in (("cat", 3), ("dog", 11)):
-        drawn = draw_cat_dog.draw(kind, i)
-        with Image.open(ROOT / "cat_dog" / "val" / f"{kind}.{i}.jpg") as shipped:
+        drawn = draw_cat_dog.draw(kind, seed * draw_cat_dog.SEEDS_PER_RUN + i)
+        with Image.open(ROOT / "cat_dog" / split / f"{kind}.{i}.jpg") as shipped:
             assert shipped.size == drawn.size
             assert np.abs(np.asarray(shipped, float) - np.asarray(drawn, float)).mean() < 6
+    contents = [file.read_bytes() for other in SEEDS for file in (ROOT / "cat_dog" / other).iterdir()]
+    assert len(set(contents)) == len(contents) == 200
 
 
 def test_trained_network_is_the_scripts():

@@ -383,7 +383,7 @@ def measure(engines, pixels, batches, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--calibration", type=Path, default=ROOT / "cat_dog" / "val")
+    parser.add_argument("--calibration", type=Path, default=ROOT / "cat_dog" / "train")
     parser.add_argument("--evaluation", type=Path, default=ROOT / "cat_dog" / "val")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 5, 32])

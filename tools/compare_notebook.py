@@ -240,7 +240,8 @@ def main():
         for name, file in scripts.items():
             code = file.read_text(encoding="utf-8")
             furnish(scratch / name, args.pictures, "quantize_catdog.py", code)
-            programs[name] = scratch / name, ["quantize_catdog.py"]
+            # the notebook calibrates on the pictures that it counts
+            programs[name] = scratch / name, ["quantize_catdog.py", "CALIBRATION_SPLIT=val"]
         programs["script, imports"] = scratch / "script", ["-c", "import quantize_catdog"]
         if args.notebook:
             furnish(scratch / "notebook", args.pictures, "notebook.py", notebook)

@@ -1,0 +1,43 @@
+"""Fixtures of several test files."""
+import shutil
+
+import pytest
+import torch
+
+from helpers import ROOT, Place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For what is computed in this process: a second one gains little on so few pictures, and loses much where other
+    programs hold its core. Runs in processes of their own have all that they find."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def usual(tmp_path_factory):
+    """(place, report, stdout) of a run as a user starts it, on six pictures of each split. No test changes it."""
+    place = Place(tmp_path_factory.mktemp("usual"))
+    status, out, err = place.run(BATCH_SIZE=4)
+    assert (status, err) == (0, ""), err
+    return place, place.last_report(), out
+
+
+@pytest.fixture
+def rerun(place, usual):
+    """A place whose results/ is that of the run `usual`."""
+    shutil.copytree(usual[0].results, place.results)
+    return place
+
+
+@pytest.fixture(scope="session")
+def state():
+    return torch.load(ROOT / "BEST_checkpoint.pth.tar", weights_only=True)["model"]

@@ -1,0 +1,684 @@
+"""The bench around the pipeline: constants and their legal values, the command line, the table of runs, hints."""
+import contextlib
+import csv
+import io
+import json
+import math
+import multiprocessing
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import quantize_catdog as script
+import torch
+from PIL import Image
+
+from helpers import (
+    METHODS,
+    PICTURES,
+    PLACES,
+    ROOT,
+    SCRIPT,
+    Place,
+    as_constants,
+    figures_of,
+    loaded,
+    mutated,
+    notebook,
+    one_line,
+    run_here,
+)
+
+LEGAL, InputError = script.LEGAL, script.InputError
+PLAIN = dict(HEADROOM=1, EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False)
+NOTEBOOK = PLAIN | dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True)
+
+
+def refuses(match, function, *arguments):
+    """It raises one line that matches, from its beginning."""
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    assert re.match(match, str(error.value)) and "\n" not in str(error.value), str(error.value)
+
+
+# constants and their legal values
+
+def test_each_constant_is_one_assignment_with_a_comment(usual):
+    """And one row of legal values, in the same order. A run prints them all."""
+    text = SCRIPT.read_text()
+    block = text[text.index("\n# what is run, on what\n"):text.index("\n# %% [markdown]\n# The legal values")]
+    rows = re.findall(r"(?m)^(\w+) = \S.*?  +# (\S.*)$", block)
+    assert [name for name, _ in rows] == re.findall(r"(?m)^(\w+)", block) == list(LEGAL)
+    assert script.described_constants() == dict(rows)
+    assert list(script.RECIPE) == list(LEGAL)[list(LEGAL).index("IMAGE_SIZE"):] == list(script.current_recipe())
+    values = {name: getattr(script, name) for name in LEGAL} | {"BATCH_SIZE": 4}
+    assert usual[2].splitlines()[:len(values) + 1] == [
+        *[f"{name} = {value!r}" for name, value in values.items()],
+        f"device {script.DEVICE}, torch {torch.__version__}"]
+
+
+def script_with(monkeypatch, folder, line):
+    """The module takes this copy of its file, with a line more in the block of constants, for its own."""
+    text = SCRIPT.read_text()
+    assert text.count("\nBIT = 8 ") == 1
+    (folder / SCRIPT.name).write_text(text.replace("\nBIT = 8 ", f"\n{line}\nBIT = 8 "))
+    monkeypatch.setattr(script, "__file__", str(folder / SCRIPT.name))
+
+
+@pytest.mark.parametrize("value", ["False", "3", "2.5", '"words"', "None", "{}", "[1, 2]", "(1, 2)", "{} # why"])
+def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, value):
+    """Whatever its type: it would be without effect on the command line, in the table of runs and in checkpoints."""
+    script_with(monkeypatch, tmp_path, f"SMOOTHING = {value}")
+    refuses("SMOOTHING: no constant of this name, --help lists them all$", script.check_constants)
+
+
+@pytest.mark.parametrize("line, meant", [("GTPQ = False", "GPTQ"), ("EQUALISE = False     # none", "EQUALIZE"),
+                                         ("WEIGHT_BITS=4", "WEIGHT_BIT"), ("BIAS_CORECTION = True", "BIAS_CORRECTION")])
+def test_a_misspelt_constant_beside_the_right_one_is_named(monkeypatch, tmp_path, line, meant):
+    script_with(monkeypatch, tmp_path, line)
+    name = re.match(r"\w+", line)[0]
+    refuses(rf"{name}: no constant of this name, did you mean {meant}\?$", script.check_constants)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("BIT", 1), ("BIT", 9), ("BIT", 8.0), ("BIT", True), ("WEIGHT_BIT", 1), ("WEIGHT_BIT", 9), ("WEIGHT_BIT", "8"),
+    ("BIAS_BIT", 33), ("BIAS_BIT", 1), ("BATCH_SIZE", 0), ("BATCH_SIZE", 4097), ("NUM_WORKERS", 0),
+    ("NUM_WORKERS", 257), ("PER_CHANNEL", 1), ("UNSIGNED_RELU", "no"), ("QUANTIZE_LOGITS", None), ("HEADROOM", 0.5),
+    ("HEADROOM", 16.5), ("HEADROOM", math.nan), ("HEADROOM", True), ("INT8_ENGINE", "fast"), ("DATA_DIR", ""),
+    ("OUTPUT_DIR", "a\0b"), ("CHECKPOINT", 3), ("CHECKPOINT", " "), ("IMAGE_SIZE", (211, 224)),
+    ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224), ("IMAGE_SIZE", (224.0, 224)), ("IMAGE_SIZE", (224,)),
+    ("IMAGE_SIZE", [224, 224]), ("LAYER_BITS", 4), ("LAYER_BITS", None), ("LAYER_BITS", {"fc3": 4}),
+    ("LAYER_BITS", {"bn1": 4}), ("LAYER_BITS", {"fc1": 9}), ("LAYER_BITS", {"fc1": 1}), ("LAYER_BITS", {"fc1": True}),
+    ("LAYER_BITS", {"cnn1": 4, "fc1": "4"}), ("LAYER_BITS", {4: 4}), ("LAYER_BITS", [("fc1", 4)])])
+def test_illegal_constants(monkeypatch, name, value):
+    monkeypatch.setattr(script, name, value)
+    refuses(rf"{name} = .*: set it to {re.escape(LEGAL[name].words)}$", script.check_constants)
+
+
+@pytest.mark.parametrize("name, values", {
+    "BIT": [2, 8], "WEIGHT_BIT": [2, 8], "BIAS_BIT": [2, 32], "BATCH_SIZE": [1, 4096], "NUM_WORKERS": [1, 256],
+    "HEADROOM": [1, 1.5, 16], "INT8_ENGINE": ["auto", "onednn", "reference"], "IMAGE_SIZE": [(212, 227)],
+    "LAYER_BITS": [{}, {"fc1": 2}, dict.fromkeys(["cnn1", "cnn2", "cnn3", "cnn4", "fc1", "fc2"], 8)]}.items())
+def test_legal_constants(monkeypatch, capsys, name, values):
+    for value in values:
+        monkeypatch.setattr(script, name, value)
+        assert script.check_constants()[name] == value and f"\n{name} = {value!r}\n" in f"\n{capsys.readouterr().out}"
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_deleted_constants(monkeypatch, name):
+    monkeypatch.delattr(script, name)
+    refuses(rf"{name} is missing: set it to {re.escape(LEGAL[name].words)}$", script.check_constants)
+
+
+def test_presets():
+    """Their values are legal, and the notebook's recipe is the oracle's."""
+    assert {"plain": PLAIN, "notebook": NOTEBOOK} == script.PRESETS
+    for changes in script.PRESETS.values():
+        assert all(script.RECIPE[name].allows(value) for name, value in changes.items())
+    assert script.current_recipe() | script.PRESETS["notebook"] == as_constants(notebook())
+    assert script.current_recipe() | script.PRESETS["plain"] == script.current_recipe() | dict.fromkeys(
+        METHODS, False) | {"HEADROOM": 1}
+
+
+# the command line
+
+@pytest.fixture
+def given(monkeypatch):
+    """Sets constants by words, until the test ends, and returns those that are others than before."""
+    for name in LEGAL:
+        monkeypatch.setattr(script, name, getattr(script, name))
+
+    def give(*words):
+        before = {name: getattr(script, name) for name in LEGAL}
+        script.set_constants(list(words), "no docstring")
+        return {name: getattr(script, name) for name in LEGAL if getattr(script, name) != before[name]}
+    return give
+
+
+@pytest.mark.parametrize("words, changes", [
+    ([], {}), (["plain"], PLAIN), (["notebook"], NOTEBOOK), (["plain", "notebook"], NOTEBOOK),
+    (["notebook", "plain"], NOTEBOOK), (["plain", "GPTQ=True", "BIT=5"],
+     {name: value for name, value in PLAIN.items() if name != "GPTQ"} | dict(BIT=5)),
+    (["DATA_DIR=photos", "CHECKPOINT='c d.tar'", 'OUTPUT_DIR="out"', "EVALUATION_SPLIT=~/a b=c"],
+     dict(DATA_DIR="photos", CHECKPOINT="c d.tar", OUTPUT_DIR="out", EVALUATION_SPLIT="~/a b=c")),
+    (["HEADROOM=1.5", "IMAGE_SIZE=(227, 212)", 'LAYER_BITS={"fc1": 4, "cnn1": 6}', "INT8_ENGINE=reference"],
+     dict(HEADROOM=1.5, IMAGE_SIZE=(227, 212), LAYER_BITS={"fc1": 4, "cnn1": 6}, INT8_ENGINE="reference")),
+    (["BIT=3", "BIT=4"], dict(BIT=4)), (["OUTPUT_DIR=/a/1/b"], dict(OUTPUT_DIR="/a/1/b"))], ids=str)
+def test_words_set_constants(given, words, changes):
+    """Presets, then NAME=value as Python literals; a word without quotes is a string."""
+    assert given(*words) == changes
+
+
+@pytest.mark.parametrize("words, line", [
+    (["GPTQ=True", "plain"], "plain: a preset comes before the constants that change it$"),
+    (["plain", "BIT=4", "notebook"], "notebook: a preset comes before the constants"),
+    (["GTPQ=False"], r"GTPQ: no constant of this name, did you mean GPTQ\?$"),
+    (["plain", "gptq=False"], r"gptq: .*did you mean GPTQ\?$"), (["--weight-bit=4"], r".*did you mean WEIGHT_BIT\?$"),
+    (["LAYERBITS={}"], r".*did you mean LAYER_BITS\?$"), (["notebok"], r"notebok: .*did you mean notebook\?$"),
+    (["Plain"], r".*did you mean plain\?$"), (["PLAIN=True"], r".*did you mean plain\?$"),
+    (["equalize"], r".*did you mean EQUALIZE\?$"), (["GPTQ"], "GPTQ: give it a value, GPTQ=True for example$"),
+    (["xyz=3"], "xyz: no constant of this name, --help lists them all$"), (["=3"], ".*--help lists them all$"),
+    ([""], ".*--help lists them all$"), (["a\nb\x1b[2J"], ".*--help lists them all$")], ids=str)
+def test_words_that_are_refused(given, words, line):
+    refuses(line, given, *words)
+
+
+@pytest.mark.parametrize("word", [
+    "WEIGHT_BIT=9", "WEIGHT_BIT=", "GPTQ=yes", "GPTQ=1", "BATCH_SIZE=many", "IMAGE_SIZE=224", "HEADROOM=nan",
+    "INT8_ENGINE=fast", "DATA_DIR=", "NUM_WORKERS=os.cpu_count()", 'LAYER_BITS={"fc3": 4}', "LAYER_BITS={fc1: 4}",
+    "LAYER_BITS={[1]: 4}", f"BIT={'-' * 5000}8", f"BIT={'(' * 500}8{')' * 500}"], ids=lambda word: word[:20])
+def test_illegal_values_on_the_command_line(given, word):
+    """Are refused as those in the file are, whether Python can read them or not."""
+    def run():
+        given(word)
+        script.check_constants()
+    name = word.partition("=")[0]
+    refuses(rf"{name} = .*: set it to {re.escape(LEGAL[name].words)}$", run)
+
+
+@pytest.mark.parametrize("words, lines", [
+    (["GTPQ=False"], ["GTPQ", "did you mean GPTQ?"]), (["WEIGHT_BIT=9"], ["WEIGHT_BIT = 9", "2 to 8"]),
+    (["BIT=7", "plain"], ["plain", "before"]), (["notebook", "eq"], ["eq: no constant"])], ids=str)
+def test_a_refused_word_ends_the_run(place, words, lines):
+    place.refuse(*lines, arguments=words)
+
+
+def test_a_misspelt_constant_ends_the_run(place):
+    path = place.edit()
+    path.write_text(path.read_text().replace("\nGPTQ = True ", "\nGTPQ = False\nGPTQ = True "))
+    status, _, err = run_here(path)
+    one_line(status, err, "GTPQ", "did you mean GPTQ?")
+    assert place.files() == {}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["plain", "--help", "no=1"]], ids=str)
+def test_help(place, words):
+    """The docstring, every constant with its comment, value and legal values, and the presets. Nothing is run."""
+    status, out, err = run_here(place.edit(WEIGHT_BIT=5), *words)
+    assert (status, err) == (0, "") and place.files() == {} and out.startswith(f"{script.__doc__}\n")
+    flat = " ".join(out.split())
+    for name, comment in script.described_constants().items():
+        value = 5 if name == "WEIGHT_BIT" else getattr(script, name)
+        assert f" {name} = {value!r} {comment}; {LEGAL[name].words} " in flat
+    for name, changes in script.PRESETS.items():
+        assert f" preset {name}: " + " ".join(f"{key}={value!r}" for key, value in changes.items()) in flat
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_words_of_the_command_line_are_those_after_the_scripts_own_name(monkeypatch, tmp_path):
+    """A kernel's, a tool's or a test's own arguments are none of them."""
+    (tmp_path / "link.py").symlink_to(SCRIPT)
+    monkeypatch.chdir(ROOT)
+    for program in (str(SCRIPT), SCRIPT.name, "tests/../quantize_catdog.py", str(tmp_path / "link.py")):
+        monkeypatch.setattr(sys, "argv", [program, "plain", "BIT=4"])
+        assert script.command_line() == ["plain", "BIT=4"]
+    for program in ("/usr/lib/ipykernel_launcher.py", "tools/explain.py", "-c", "", "pytest"):
+        monkeypatch.setattr(sys, "argv", [program, "-f", "kernel.json", "BIT=4"])
+        assert script.command_line() == []
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "BIT=4"])
+    monkeypatch.delattr(script, "__file__")                 # in a notebook
+    assert script.command_line() == [] and script.described_constants() == {}
+
+
+def test_the_command_line_gives_what_the_edited_file_gives(place, tmp_path_factory):
+    """The same report but for times, and the same checkpoint to the last byte."""
+    constants = PLAIN | dict(GPTQ=True, WEIGHT_BIT=5, LAYER_BITS={"fc1": 4, "cnn2": 7}, IMAGE_SIZE=(220, 227),
+                             BATCH_SIZE=4)
+    words = ["plain", "GPTQ=True", "WEIGHT_BIT=5", 'LAYER_BITS={"fc1": 4, "cnn2": 7}', "IMAGE_SIZE=(220, 227)",
+             "BATCH_SIZE=4"]
+    edited = Place(tmp_path_factory.mktemp("edited"))
+    reports = [place.report(*words)[0], edited.report(**constants)[0]]
+    assert reports[0]["constants"] == reports[1]["constants"] and reports[0]["recipe"]["LAYER_BITS"]["fc1"] == 4
+    assert figures_of(reports[0]) == figures_of(reports[1])
+    files = [folder.files()["INT8_checkpoint.pth.tar"] for folder in (place, edited)]
+    assert files[0] == files[1]
+    rows = [list(csv.DictReader(io.StringIO(folder.files()["runs.csv"].decode())))[0] for folder in (place, edited)]
+    assert all(rows[0][name] == rows[1][name] for name in LEGAL)
+
+
+def test_the_notebook_preset_runs(place):
+    rows = place.report("notebook")[0]["layers"]
+    assert rows[0]["scale_in"] == pytest.approx(127 / 255)
+    assert all(len(row["weight_scale"]) == 1 for row in rows)
+    assert all(row["scale_out"] == pytest.approx(127 / row["range"]) for row in rows)
+
+
+# the table of runs
+
+FIGURES = ["when", "evaluation_crc", "calibration_crc", "checkpoint_crc", "fp32_top1", "top1", "same_class", "sqnr_db",
+           "p", "fp32_ms", "ms", "bytes"]
+
+
+def rows_of(path):
+    """The rows as a spreadsheet or pandas reads them: by the names in the first line."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def crc_of(folder, names):
+    """What identifies pictures: labels and bytes in order, not names."""
+    crc = 0
+    for name in names:
+        crc = zlib.crc32((folder / name).read_bytes(), zlib.crc32(bytes(["dog" in name]), crc))
+    return crc
+
+
+def test_a_run_adds_a_row(usual):
+    place, report, out = usual
+    row, = rows_of(place.results / "runs.csv")
+    assert list(row) == [*FIGURES, *LEGAL]
+    names = [f"{kind}.{i}.jpg" for i in range(3) for kind in ("cat", "dog")]
+    crcs = [crc_of(place.val, names), crc_of(place.train, names), zlib.crc32(place.checkpoint.read_bytes())]
+    assert [int(row[name]) for name in FIGURES[1:4]] == crcs == list(report["inputs"].values())
+    int8, fp32 = report["int8"], report["fp32"]
+    expected = [fp32["top1"], int8["top1"], 100 * report["agreement"], report["logit_sqnr_db"], report["mcnemar"]["p"],
+                fp32["ms_per_image"], int8["ms_per_image"], int8["file_bytes"]]
+    np.testing.assert_allclose([float(row[name]) for name in FIGURES[4:]], expected, rtol=0.01, atol=0.006)
+    constants = {name: getattr(script, name) for name in LEGAL} | {"BATCH_SIZE": 4}
+    assert [row[name] for name in LEGAL] == [str(value) for value in constants.values()]
+    written = time.mktime(time.strptime(row["when"], "%Y-%m-%d %H:%M:%S"))
+    assert abs(written - (place.results / "runs.csv").stat().st_mtime) < 60
+    assert out.endswith(f"""
+The last runs on these pictures and weights, FP32 Top-1 {row['fp32_top1']} %
+(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)
+{printed([row])}""")
+
+
+def printed(rows):
+    """What `print_runs` prints, without its two lines of heading."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        script.print_runs(rows)
+    return "".join(out.getvalue().splitlines(keepends=True)[3:])
+
+
+def columns_of(rows):
+    """{heading: cells} of the printed table, which is at most 80 columns wide."""
+    assert max(map(len, printed(rows).splitlines())) <= 80
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "print_columns", found.update)
+        printed(rows)
+    return {heading: [cell.strip() for cell in cells] for heading, cells in found.items()}
+
+
+@pytest.fixture
+def row(usual):
+    """The row of a run, to plant others like it."""
+    return script.run_row(usual[1]) | {"sqnr_db": "30.00", "same_class": "99.000", "top1": "93.500", "p": "0.25",
+                                       "ms": "0.456", "bytes": "424650"}
+
+
+ALWAYS = ["run", "SQNR dB", "same class", "Top-1 %", "p", "ms", "bytes"]
+
+
+def test_columns_are_of_constants_that_differ(row):
+    assert columns_of([row]) == {"run": [">1"], "SQNR dB": ["30.0*"], "same class": ["99.0"], "Top-1 %": ["93.5"],
+                                 "p": ["0.25"], "ms": ["0.46"], "bytes": ["424,650"]}
+    assert list(columns_of([row, dict(row)])) == ALWAYS
+    others = [row | {"LAYER_BITS": "{'fc1': 4}", "sqnr_db": "24.26", "bytes": "1234567"},
+              row | {"GPTQ": "False", "sqnr_db": "31.07"}, row | {"WEIGHT_BIT": "4", "sqnr_db": "-1.50", "p": "1e-17"}]
+    found = columns_of([row, *others])
+    assert list(found) == ["run", "WEIGHT_BIT", "LAYER_BITS", "GPTQ", *ALWAYS[1:]]
+    assert found["run"] == ["1", "2", "3", ">4"] and found["SQNR dB"] == ["30.0", "24.3", "31.1*", "-1.5"]
+    assert found["WEIGHT_BIT"] == ["8", "8", "8", "4"] and found["LAYER_BITS"] == ["{}", "{'fc1': 4}", "{}", "{}"]
+    assert found["GPTQ"] == ["True", "True", "False", "True"]
+    assert found["p"] == ["0.25", "0.25", "0.25", "1e-17"] and found["bytes"][1] == "1,234,567"
+    exact = columns_of([row, row | {"sqnr_db": "inf"}, dict(row)])
+    assert exact["SQNR dB"] == ["30.0", "inf*", "30.0"] and exact["run"] == ["1", "2", ">3"] and len(exact) == 7
+
+
+def test_figures_in_the_table_are_the_summarys(usual):
+    """Rounded once: 39.7466 dB is 39.7, though 39.75 would be 39.8."""
+    report = json.loads(json.dumps(usual[1])) | {"logit_sqnr_db": 39.7466, "agreement": 0.98749}
+    report["int8"] |= {"top1": 93.7496, "ms_per_image": 0.44466}
+    found = columns_of([script.run_row(report)])
+    assert [found[name] for name in ALWAYS[1:4]] == [["39.7*"], ["98.7"], ["93.7"]] and found["ms"] == ["0.44"]
+
+
+def test_a_name_with_a_line_break_stays_in_its_row(usual, tmp_path):
+    row = script.run_row(usual[1] | {"constants": usual[1]["constants"] | {"DATA_DIR": 'a,\n"b"\x1b[2J\r'}})
+    for count in (1, 2):
+        rows = script.add_run(tmp_path / "runs.csv", row)
+        assert rows == rows_of(tmp_path / "runs.csv") == [row] * count
+    assert all(cell.isprintable() for cell in row.values()) and row["DATA_DIR"] == r'a,\n"b"\x1b[2J\r'
+
+
+def test_calibration_pictures_have_a_column_where_no_name_tells_them(row):
+    other = {"calibration_crc": "7"}
+    assert list(columns_of([row, row | other])) == ["run", "calibration_crc", *ALWAYS[1:]]
+    for name in ("DATA_DIR", "CALIBRATION_SPLIT"):
+        assert list(columns_of([row, row | other | {name: "others"}])) == ["run", name, *ALWAYS[1:]]
+
+
+@pytest.mark.parametrize("name", ["evaluation_crc", "checkpoint_crc"])
+def test_runs_on_other_pictures_or_weights_are_not_in_the_table(row, name):
+    rows = [row, row | {name: "7", "sqnr_db": "50.00", "WEIGHT_BIT": "4"}, row | {"GPTQ": "False"}]
+    found = columns_of(rows)
+    assert found["run"] == ["1", ">2"] and found["SQNR dB"] == ["30.0*", "30.0*"]
+    assert found["GPTQ"] == ["True", "False"] and "WEIGHT_BIT" not in found
+
+
+def test_table_of_many_and_wide_runs(row):
+    """The last twelve; long names are cut at the front."""
+    rows = [row | {name: f"{'long' * 20} {name} {i}" for name in LEGAL} for i in range(20)]
+    rows[0]["sqnr_db"] = "99.00"
+    found = columns_of(rows)
+    assert set(found) == {*ALWAYS, *LEGAL} and found["run"] == [*map(str, range(1, 12)), ">12"]
+    for name in LEGAL:
+        assert found[name] == ["..." + f"{'long' * 20} {name} {i}"[-21:] for i in range(8, 20)]
+    assert found["SQNR dB"] == ["30.0*"] * 12
+
+
+COLUMNS = {"run": ["1", ">2"], "LAYER_BITS": ["{}", "{'fc1': 4}"], "SQNR dB": ["30.0 ", "31.5*"],
+           "Top-1 %": ["100.0", "9.0"]}
+
+
+WIDE = ["        LAYER_  SQNR Top-1", "run       BITS    dB     %", "  1         {} 30.0  100.0",
+        " >2 {'fc1': 4} 31.5*   9.0"]
+
+
+@pytest.mark.parametrize("width, edges", [(80, [3, 26]), (26, [3, 26]), (25, [3, 20, 26]), (20, [3, 20, 26]),
+                                          (19, [3, 14, 26]), (15, [3, 14, 26]), (14, [3, 14, 20, 26])])
+def test_columns_are_printed_in_blocks_that_fit(capsys, width, edges):
+    """Each begins with the first column."""
+    script.print_columns(COLUMNS, width)
+    blocks = [line[:3] + line[a:b] for a, b in zip(edges, edges[1:]) for line in WIDE]
+    assert capsys.readouterr().out.splitlines() == blocks
+
+
+def test_pictures_are_told_by_their_content(tmp_path):
+    """Folder and names do not count; bytes and labels do, and unusable files do not."""
+    def checksum(name):
+        pictures = script.CatDogDataset(tmp_path / name)
+        list(pictures.batches())
+        return pictures.checksum()
+
+    def copied(name):
+        return shutil.copytree(tmp_path / "val", tmp_path / name)
+    (tmp_path / "val").mkdir()
+    for file in ("cat.0.jpg", "dog.0.jpg", "cat.1.jpg"):
+        shutil.copy(PICTURES / file, tmp_path / "val")
+    expected = crc_of(tmp_path / "val", ["cat.0.jpg", "dog.0.jpg", "cat.1.jpg"])
+    assert checksum("val") == checksum(copied("renamed").name) == expected
+    (copied("named otherwise") / "cat.0.jpg").rename(tmp_path / "named otherwise" / "a cat 0.jpeg")
+    (tmp_path / "named otherwise" / "dog.5.jpg").write_text("no picture")
+    (tmp_path / "named otherwise" / "bird.jpg").write_text("no label")
+    assert checksum("named otherwise") == expected
+    changed, content = copied("changed") / "cat.1.jpg", bytearray((tmp_path / "val" / "cat.1.jpg").read_bytes())
+    content[15] ^= 1                            # of its header's dots per inch: the same size, still a picture
+    changed.write_bytes(content)
+    shutil.copy(PICTURES / "cat.2.jpg", copied("other") / "cat.1.jpg")
+    (copied("label") / "cat.1.jpg").rename(tmp_path / "label" / "dog.1.jpg")
+    (copied("fewer") / "cat.1.jpg").unlink()
+    assert len({expected, *map(checksum, ("changed", "other", "label", "fewer"))}) == 5
+
+
+def test_the_same_pictures_in_another_folder_are_the_same(rerun):
+    """A second run adds a second row; the first stays as it is, and both are in the table."""
+    before = (rerun.results / "runs.csv").read_bytes()
+    for split in (rerun.train, rerun.val):
+        split.rename(split.with_name(f"my {split.name}"))
+    _, out = rerun.report("CALIBRATION_SPLIT=my train", "EVALUATION_SPLIT=my val", "GPTQ=False", "BATCH_SIZE=4")
+    assert (rerun.results / "runs.csv").read_bytes().startswith(before)
+    rows = rows_of(rerun.results / "runs.csv")
+    found = columns_of(rows)
+    assert list(found) == ["run", "CALIBRATION_SPLIT", "EVALUATION_SPLIT", "GPTQ", *ALWAYS[1:]]
+    assert found["run"] == ["1", ">2"] and found["EVALUATION_SPLIT"] == ["val", "my val"]
+    better = max(float(row["sqnr_db"]) for row in rows)
+    assert [cell[-1] == "*" for cell in found["SQNR dB"]] == [float(row["sqnr_db"]) == better for row in rows]
+    assert out.endswith(f"\n{printed(rows)}")
+
+
+def test_a_checkpoint_of_another_content_is_another(rerun, state):
+    """Under the same name, as pictures are: the run before is not compared with."""
+    torch.save({"model": {**state, "fc2.bias": -state["fc2.bias"]}}, rerun.checkpoint)
+    shutil.copy(PICTURES / "cat.7.jpg", rerun.val / "cat.1.jpg")
+    rerun.report(BATCH_SIZE=4)
+    rows = rows_of(rerun.results / "runs.csv")
+    assert [rows[0][name] == rows[1][name] for name in FIGURES[1:4]] == [False, True, False]
+    assert columns_of(rows)["run"] == [">1"]
+
+
+def add(path, row, capsys):
+    """(rows, what is printed) of adding a row."""
+    capsys.readouterr()
+    return script.add_run(path, row), capsys.readouterr().out
+
+
+@pytest.fixture
+def table(tmp_path, row, capsys):
+    """A table of three runs, of which the second has a name with commas, quotes and letters of any kind in it."""
+    path = tmp_path / "runs.csv"
+    for i, name in enumerate(["val", 'a, "b" 猫 c', "val"], 1):
+        rows, out = add(path, row | {"EVALUATION_SPLIT": name, "ms": f"{i}"}, capsys)
+        assert len(rows) == i and out == ""
+    assert rows_of(path) == rows and len(path.read_bytes().splitlines()) == 4
+    return path
+
+
+@pytest.mark.parametrize("broken", [
+    lambda line: b"", lambda line: b"?", lambda line: line[:len(line) // 2], lambda line: line + b",1",
+    lambda line: line.replace(b"30.00", b"much"), lambda line: line.replace(b"424650", b""),
+    lambda line: b"\0\xff\xfe" + line[:-40], lambda line: b'"' + line, lambda line: b"a" * 200_000,
+    lambda line: line.replace(b"99.000", b"\xff")], ids=range(10))
+def test_a_broken_row_is_left_out_and_said(table, row, capsys, broken):
+    """It stays in the file."""
+    lines = table.read_bytes().splitlines(keepends=True)
+    lines[2] = broken(lines[2].rstrip()) + b"\n"
+    table.write_bytes(b"".join(lines))
+    rows, out = add(table, row | {"ms": "4"}, capsys)
+    assert [each["ms"] for each in rows] == ["1", "3", "4"]
+    assert out == ("" if lines[2] == b"\n" else f"{table}: 1 rows cannot be read and are left out\n")
+    assert table.read_bytes().startswith(b"".join(lines)) and columns_of(rows)["run"] == ["1", "2", ">3"]
+
+
+@pytest.mark.parametrize("cell", ["1e300", "9" * 90])
+@pytest.mark.parametrize("name", ["bytes", "sqnr_db"])
+def test_a_row_of_absurd_figures_ends_the_printing(row, monkeypatch, name, cell):
+    """However wide its cells become."""
+    calls = []
+
+    def count(*words):
+        calls.append(words)
+        assert len(calls) < 99, "endless"
+    monkeypatch.setattr("builtins.print", count)
+    script.print_runs([row | {name: cell}, row])
+
+
+@pytest.mark.parametrize("cut", [1, 30, 100])
+def test_a_truncated_last_line_does_not_swallow_the_next_row(table, row, capsys, cut):
+    """As a full disk or a stopped run leaves it."""
+    content = table.read_bytes()[:-cut]
+    table.write_bytes(content)
+    new = row | {"ms": "4"}
+    rows, out = add(table, new, capsys)
+    assert rows[-1] == rows_of(table)[-1] == new and table.read_bytes().startswith(content)
+    assert [each["ms"] for each in rows] == (["1", "2", "3", "4"] if cut == 1 else ["1", "2", "4"])
+    assert ("1 rows cannot be read" in out) == (cut > 1)
+
+
+def test_lines_that_a_spreadsheet_ended_its_own_way(table, row, capsys):
+    table.write_bytes(table.read_bytes().replace(b"\n", b"\r\n"))
+    rows, out = add(table, row | {"ms": "4"}, capsys)
+    assert [each["ms"] for each in rows] == ["1", "2", "3", "4"] and out == ""
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\0\xff", b"\n", b"when\n"])
+def test_a_table_of_other_columns_is_kept_aside(tmp_path, row, capsys, content):
+    """Byte by byte, under a name that no other has."""
+    path = tmp_path / "runs.csv"
+    (tmp_path / "runs-2.csv").write_bytes(b"somebody's")
+    for name in ("runs-1.csv", "runs-3.csv"):
+        path.write_bytes(content)
+        rows, out = add(path, row, capsys)
+        assert out == f"{path} has other columns than this version's: kept as {name}\n"
+        assert (tmp_path / name).read_bytes() == content
+        assert rows == [row] == rows_of(path)
+    assert (tmp_path / "runs-2.csv").read_bytes() == b"somebody's"
+
+
+def add_slowly(path, rows, together):
+    """In a process of its own: what lies between reading the table and writing to it takes its time."""
+    csv_line = script.csv_line
+
+    def slowly(cells):
+        time.sleep(0.02)
+        return csv_line(cells)
+    script.csv_line = slowly
+    together.wait()
+    for row in rows:
+        script.add_run(path, row)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("others", [1, 0])
+def test_runs_at_the_same_time_lose_no_row(tmp_path, row, others):
+    """Twenty, from four processes; the table is there already, or theirs are the first."""
+    path, fork = tmp_path / "runs.csv", multiprocessing.get_context("fork")
+    rows, together = [row | {"ms": str(i)} for i in range(20 + others)], fork.Barrier(4)
+    for other in rows[20:]:
+        script.add_run(path, other)
+    processes = [fork.Process(target=add_slowly, args=(path, rows[i:20:4], together)) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    names, *lines = path.read_text().splitlines()
+    found = [dict(zip(names.split(","), next(csv.reader([line])))) for line in lines if line != names]
+    assert sorted(found, key=lambda each: int(each["ms"])) == rows
+    assert names not in lines                   # nor does a second line of names lie among the rows
+
+
+def test_mutated_tables(table, row, capsys, tmp_path):
+    """Nothing but rows comes out, the table is kept or put aside byte by byte, and what is printed is printable."""
+    content, rng, kept = table.read_bytes(), random.Random(20), 0
+    for i in range(300):
+        path, damaged = tmp_path / str(i) / "runs.csv", mutated(content, rng)
+        path.parent.mkdir()
+        path.write_bytes(damaged)
+        rows, out = add(path, row, capsys)
+        assert rows[-1] == row and all(list(each) == list(row) for each in rows)
+        stays = path.read_bytes().startswith(damaged)
+        assert stays or path.with_name("runs-1.csv").read_bytes() == damaged
+        assert path.read_bytes().endswith(b"\n" + script.csv_line(row.values()).encode())
+        found = printed(rows).splitlines()
+        assert all(line.isprintable() for line in [*out.splitlines(), *found]) and max(map(len, found)) <= 80, i
+        kept += stays
+    assert 100 < kept < 300
+
+
+def test_a_table_that_cannot_be_written_ends_the_run_in_one_line(place):
+    """The report and the network are there then."""
+    (place.results / "runs.csv").mkdir(parents=True)
+    status, out, err = run_here(place.edit())
+    one_line(status, err, "cannot write results/runs.csv", "directory", "set OUTPUT_DIR")
+    assert "\nwrote results/INT8_checkpoint.pth.tar and report.json\n" in out and "The last runs" not in out
+    assert set(place.files()) == {"report.json", "INT8_checkpoint.pth.tar", "runs.csv"}
+
+
+# hints
+
+def hints(calibrated=20, evaluated=100, interval=(85.0, 95.0), sqnr=30.0, recipe=None, biases=None, ranges=None):
+    """What is hinted at of a network whose ranges are 1 and whose biases are 0, but for what is planted."""
+    folded, int8 = script.CNN_Model(), script.INT8_Model(script.current_recipe() | (recipe or {}))
+    for place in PLACES:
+        folded.range_at(place).fill_(1)
+    for place, values in (ranges or {}).items():
+        folded.range_at(place)[:len(values)] = torch.tensor(values)
+    for layer, values in (biases or {}).items():
+        int8.get_submodule(layer).bias[:len(values)] = torch.tensor(values, dtype=torch.int32)
+    report = {"fp32": {"top1": 90.0, "interval95": interval}, "logit_sqnr_db": sqnr,
+              "images": {"evaluated": evaluated, "calibrated": calibrated}}
+    return script.hints(report, folded, int8)
+
+
+FEW = "Only 19 calibration pictures: other pictures may exceed their ranges. 20 or more are better."
+SILENT = "Channels that were never active in calibration: 2 of 8 in cv4, 1 of 512 in fc1."
+NOISY = "Logit SQNR is below 20 dB: python tools/explain.py shows where the error is born."
+STRONG = f"{NOISY} cv2's strongest channel is 120 times its median one, and all share one scale."
+CLIPPED = "BIAS_BIT = 16 clips 3 biases (2 in cnn2, 1 in fc2): more bits avoid it."
+WORSE = ("FP32 Top-1 of 90.0 % is worse than guessing: do the labels in the files' names belong to other classes than "
+         "the weights were trained on?")
+NEAR = ("FP32 Top-1 of 90.0 % is near guessing: were the weights trained on pixels from 0 to 255, and on these labels?")
+CLIPS = dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32767, 5, -32767], "fc2": [-32767]})
+
+
+@pytest.mark.parametrize("planted, expected", [
+    ({}, []), (dict(calibrated=19), [FEW]), (dict(calibrated=1000), []),
+    (dict(ranges={"cv4": [0, 1, 0], "fc1": [0]}), [SILENT]), (dict(ranges={"cv4": [1e-30]}), []),
+    (dict(sqnr=19.99), [NOISY]), (dict(sqnr=20.0), []), (dict(sqnr=None), []), (dict(sqnr=-3.0), [NOISY]),
+    (dict(sqnr=5.0, ranges={"cv2": [120.0]}), [STRONG]), (dict(sqnr=20.0, ranges={"cv2": [120.0]}), []),
+    (dict(sqnr=5.0, ranges={"cv2": [99.0]}), [NOISY]), (dict(sqnr=5.0, ranges={"fc2": [5e3], "input": [5e3]}), [NOISY]),
+    (dict(sqnr=5.0, ranges={"cv1": [110.0], "cv2": [120.0], "cv3": [115.0]}), [STRONG]),
+    (dict(sqnr=5.0, ranges={"cv4": [0, 0, 0, 0, 0, 100.0]}), [
+        f"{NOISY} cv4's strongest channel is 100 times its median one, and all share one scale.",
+        "Channels that were never active in calibration: 5 of 8 in cv4."]),
+    (CLIPS, [CLIPPED]), (CLIPS | dict(recipe={"BIAS_BIT": 32}), []),
+    (dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32766, -32766]}), []),
+    (dict(biases={"fc1": [2**31 - 1]}), ["BIAS_BIT = 32 clips 1 biases (1 in fc1): more bits avoid it."]),
+    (dict(interval=(10.0, 49.9)), [WORSE]), (dict(interval=(10.0, 49.9), evaluated=5), [WORSE]),
+    (dict(interval=(10.0, 50.0)), [NEAR]), (dict(interval=(49.9, 70.0), evaluated=20), [NEAR]),
+    (dict(interval=(49.9, 70.0), evaluated=19), []), (dict(interval=(50.0, 70.0)), []),
+    (CLIPS | dict(interval=(0.0, 10.0), sqnr=1.0, calibrated=2, ranges={"cv1": [0]}), [WORSE, CLIPPED, NOISY]),
+    (CLIPS | dict(sqnr=1.0, calibrated=19, ranges={"cv4": [0, 1, 0], "fc1": [0]}), [CLIPPED, NOISY, SILENT]),
+    (dict(sqnr=1.0, calibrated=19, ranges={"cv4": [0, 1, 0], "fc1": [0]}), [NOISY, SILENT, FEW])],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "")
+def test_hints(planted, expected):
+    """Each where it applies, and nowhere else; at most three, the gravest first."""
+    assert hints(**planted) == expected
+
+
+def test_hints_of_runs(usual, place, state):
+    """In lines of at most 80 characters: of what calibration saw, and of biases that 9 bits clip."""
+    def of(out):
+        return " ".join(out[out.index("were left out\n"):out.index("loaded back")].split())[len("were left out "):]
+    folded = loaded(state).fused()
+    script.calibrate(folded, script.CatDogDataset(place.train))
+    silent = [(int((ranges == 0).sum()), len(ranges), name) for name in PLACES for ranges in [folded.range_at(name)]]
+    where = ", ".join(f"{count} of {channels} in {name}" for count, channels, name in silent if count)
+    assert where and of(usual[2]) == (
+        f"Hint: Channels that were never active in calibration: {where}. Hint: Only 6 calibration pictures: other "
+        "pictures may exceed their ranges. 20 or more are better.")
+    _, out = place.report("plain", "BIAS_BIT=9")
+    tensors = torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
+    counts = {name[:-5]: int((value.abs() == 255).sum()) for name, value in tensors.items() if name.endswith(".bias")}
+    where = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
+    assert f"Hint: BIAS_BIT = 9 clips {sum(counts.values())} biases ({where}): more bits avoid it." in of(out)
+    assert max(len(line) for line in out.splitlines() if "): BatchNorm" not in line and "MaxPool" not in line) <= 80
+
+
+def test_a_line_says_that_the_counted_pictures_calibrated(usual, capsys):
+    """By their content, whatever their folder is called."""
+    line = "\nCalibrated on the pictures that are counted: this flatters the ranges and hides\nwhat HEADROOM does.\n"
+    for inputs, said in ((usual[1]["inputs"], False), (dict.fromkeys(usual[1]["inputs"], 7), True)):
+        script.print_summary(usual[1] | {"inputs": inputs})
+        assert (line in capsys.readouterr().out) == said
+
+
+# the picture that a notebook shows
+
+def test_answers_are_drawn_changed_ones_first(tmp_path):
+    """Of eight plain pictures, the fourth and the last change; six are shown, each in its column."""
+    for i in range(8):
+        Image.new("RGB", (60, 40), (30 * i, 0, 255)).save(tmp_path / f"cat.{i}.png")
+    pictures = script.CatDogDataset(tmp_path)
+    logits = torch.tensor([[2.0, 1.0]] * 8)
+    changed = logits.clone()
+    changed[[3, 7]] = torch.tensor([0.0, 3.0])
+    fp32, int8 = [script.Outcome(pictures.files, torch.zeros(8), each, 0) for each in (logits, changed)]
+    sheet = script.draw_answers(pictures, fp32, int8, "W4A8")
+    assert sheet.size == (6 * 160, 160 + 56)
+    assert [sheet.getpixel((160 * column + 80, 80)) for column in range(6)] == [
+        (30 * i, 0, 255) for i in (3, 7, 0, 1, 2, 4)]
+    words = np.asarray(sheet.convert("L"))[160:]
+    assert all((words[:, 160 * column:160 * (column + 1)] < 128).any() for column in range(6))
+    alone = script.draw_answers(pictures, *[answer._replace(files=answer.files[:1], logits=answer.logits[:1])
+                                            for answer in (fp32, int8)], "INT8")
+    assert alone.size == (160, 216)

@@ -1,0 +1,258 @@
+"""--bits of tools/explain.py: INT8 networks with other widths than the recipe's, measured.
+
+A table for the widths of all weights and all activations, one for the widths of single layers'
+weights, and the smallest file that is nearly as good as that of 8 bits everywhere.
+"""
+import json
+import math
+import textwrap
+import time
+
+import torch
+
+import quantize_catdog as script
+
+WIDTHS = range(8, 1, -1)    # bits that are tried
+SWEPT = 1000                # evaluation pictures, at most, that each network answers
+SPARED = 1                  # dB that the smallest file may lose against 8 bits everywhere
+COMBINED = 10               # networks, at most, in which several layers are narrower
+
+
+# Values of a network
+
+def real(int8_model, activation, integers):
+    """FP32 values that an activation's integers stand for; logits that stay FP32 are these."""
+    fp32 = int8_model.is_fp32(activation)
+    return integers if fp32 else integers / int8_model.scale_at(activation)
+
+
+def read_by(layer, values):
+    """What a layer reads of {activation: values}: pooled behind a convolution, flat before FC1."""
+    x = values[layer.source]
+    if layer.source.startswith("cv"):
+        x = script.MaxPool2d(2)(x)
+    return x if layer.is_conv else x.flatten(1)
+
+
+@torch.inference_mode()
+def logits_of(int8_model, pixels):
+    """FP32 logits (n, 2), on the CPU, of uint8 pixels (n, 3, height, width)."""
+    return torch.cat([int8_model(chunk).cpu() for chunk in pixels.split(script.SAMPLE)])
+
+
+def figures(fp32_logits, logits):
+    """The share of answers that are FP32's, and the SQNR in dB of the logits, (n, 2) each."""
+    same = (logits.argmax(1) == fp32_logits.argmax(1)).double().mean().item()
+    return {"agreement": same, "sqnr_db": script.sqnr_db(fp32_logits, logits)}
+
+
+def sqnr_of(row):
+    """The dB of figures, infinitely many where there is no error."""
+    return math.inf if row["sqnr_db"] is None else row["sqnr_db"]
+
+
+# The networks
+
+def refine_layer(int8_model, fp32_model, layer, inputs, expected):
+    """The script's `refine` for one layer, so that layers which stay the same are not redone.
+
+    inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
+    Returns chunks of the integers that the next layer reads.
+    """
+    recipe, part, part8 = int8_model.recipe, fp32_model.part(layer), int8_model.part(layer)
+    if recipe["GPTQ"] and layer.is_conv:
+        to = script.int_range(script.layer_bit(recipe, layer))
+        part8.weight.copy_(script.refined_weight(part, part8.w_scale, inputs, to))
+    rounded = script.ReferenceLayer(int8_model, layer)
+    sums = [rounded.sums(x) for x in inputs]
+    if recipe["BIAS_CORRECTION"]:
+        sum_scale = int8_model.sum_scale(layer).expand(len(part8.bias))
+        error = script.mean_error(expected, sums, part8.bias, sum_scale).nan_to_num(0, 0, 0)
+        moves = torch.round(error * sum_scale)
+        part8.bias.copy_(script.clip_bias(part8.bias + moves.double(), recipe))
+    refined = script.ReferenceLayer(int8_model, layer)
+    outputs = [refined.rescale(x) for x in sums]
+    following = script.LAYERS[script.LAYERS.index(layer) + 1:][:1]
+    return [read_by(each, {each.source: x}) for each in following for x in outputs]
+
+
+def first_in(layer_bits):
+    """The number of the first layer that is named in {layer: bits}."""
+    return [layer.name in layer_bits for layer in script.LAYERS].index(True)
+
+
+class Sweep:
+    """INT8 networks with other widths on top of weights of 8 bits, measured on the same pictures.
+
+    What no width changes is computed once: the equalized FP32 network and its activations on
+    calibration_pixels. folded: calibrated; pixels: uint8 (n, 3, h, w), the first of Outcome fp32's.
+    """
+
+    def __init__(self, folded, calibration_pixels, recipe, pixels, fp32):
+        self.recipe = recipe | {"WEIGHT_BIT": 8, "LAYER_BITS": {}}
+        self.fp32_model = script.equalize(folded)[0] if recipe["EQUALIZE"] else folded
+        self.chunks = calibration_pixels.split(script.CHUNK)
+        with torch.inference_mode():
+            self.values = [script.values_at(self.fp32_model, chunk) for chunk in self.chunks]
+        self.pixels, self.engines = pixels, {}
+        self.logits, self.labels = fp32.logits[:len(pixels)], fp32.labels[:len(pixels)]
+        self.networks = len(WIDTHS)**2 + 1 + len(script.LAYERS) * (len(WIDTHS) - 1) + COMBINED
+        self.done, self.start = 0, time.perf_counter()
+        self.reported = self.start
+
+    def progress(self, networks):
+        """Count so many networks as done; a line every two seconds says what is left."""
+        self.done, now = self.done + networks, time.perf_counter()
+        if self.done and now - self.reported >= 2:
+            left = (now - self.start) / self.done * (self.networks - self.done)
+            print(f"bits: {self.done:.0f} of {self.networks} networks, {left:.0f} seconds left")
+            self.reported = now
+
+    @torch.no_grad()
+    def quantized(self, changes, base=None):
+        """(INT8_Model with these changes to the recipe, what each layer reads of the calibration).
+
+        base: such a pair without changes; what comes before the first layer in LAYER_BITS is its.
+        """
+        int8_model = self.fp32_model.cl_scale(self.recipe | changes)
+        inputs, first = [[int8_model.quantize_pixels(chunk) for chunk in self.chunks]], 0
+        if base:
+            first = first_in(changes["LAYER_BITS"])
+            inputs = base[1][:first + 1]
+        for layer in script.LAYERS[:first]:
+            int8_model.part(layer).load_state_dict(base[0].part(layer).state_dict())
+        for layer in script.LAYERS[first:]:
+            expected = [values[layer.place] for values in self.values]
+            inputs.append(refine_layer(int8_model, self.fp32_model, layer, inputs[-1], expected))
+        # whether kernels are exact depends on the CPU and the largest integers: the first network
+        # of each BIT has weights of 8 bits, and is verified for all that follow
+        bit = int8_model.recipe["BIT"]
+        if bit not in self.engines:
+            script.choose_engine(int8_model, self.chunks[0])
+        int8_model.engine = self.engines.setdefault(bit, int8_model.engine)
+        self.progress(0.5)
+        return int8_model, inputs
+
+    def measured(self, int8_model, logits=None):
+        """The `figures` and the Top-1 in % of a network; its logits are FP32 (n, 2)."""
+        if logits is None:
+            logits = logits_of(int8_model, self.pixels)
+        right = (logits.argmax(1) == self.labels).double().mean().item()
+        self.progress(0.5)
+        return figures(self.logits, logits) | {"top1": 100 * right}
+
+    def grid(self):
+        """A dict per WEIGHT_BIT: the bytes of its file, and a cell of figures per BIT."""
+        rows = []
+        for weight_bit in WIDTHS:
+            row = {"WEIGHT_BIT": weight_bit, "file_bytes": None, "cells": []}
+            for bit in WIDTHS:
+                int8_model, _ = self.quantized({"WEIGHT_BIT": weight_bit, "BIT": bit})
+                row["cells"].append({"BIT": bit, **self.measured(int8_model)})
+                row["file_bytes"] = row["file_bytes"] or len(script.int8_checkpoint(int8_model))
+            rows.append(row)
+        return rows
+
+    @torch.inference_mode()
+    def logits_beyond(self, base, networks):
+        """{key: FP32 logits (n, 2)} of {key: INT8_Model with one narrower layer}.
+
+        Up to this layer all compute what base, an INT8_Model, does: that is computed once.
+        """
+        logits = {key: [] for key in networks}
+        for chunk in self.pixels.split(script.CHUNK):
+            values = script.values_at(base, chunk)
+            for key, model in networks.items():
+                x, run = values, model.layers()
+                for layer in script.LAYERS[first_in(model.recipe["LAYER_BITS"]):]:
+                    x = {layer.place: run[layer.name](read_by(layer, x))}
+                logits[key].append(real(model, "fc2", x["fc2"]).cpu())
+            self.progress(0)
+        return {key: torch.cat(found) for key, found in logits.items()}
+
+    def layer_bits(self):
+        """What each layer's weights can spare, a dict.
+
+        "layers": a dict per layer, with a cell of figures per width that it alone has, all others
+        having 8 bits; "combined": figures of networks in which several layers are narrower;
+        "smallest": of all these the one that has the smallest file and loses at most "spared_db"
+        against 8 bits everywhere.
+        """
+        def measure(int8_model, logits=None):
+            bits, size = int8_model.recipe["LAYER_BITS"], len(script.int8_checkpoint(int8_model))
+            rows[tuple(bits.items())] = {"LAYER_BITS": bits, "file_bytes": size,
+                                         **self.measured(int8_model, logits)}
+
+        def is_good(row):
+            return sqnr_of(row) >= sqnr_of(rows[()]) - SPARED
+
+        rows, base, names = {}, self.quantized({}), [layer.name for layer in script.LAYERS]
+        measure(base[0])
+        networks = {(name, bit): self.quantized({"LAYER_BITS": {name: bit}}, base)[0]
+                    for name in names for bit in WIDTHS[1:]}
+        for single, logits in self.logits_beyond(base[0], networks).items():
+            measure(networks[single], logits)
+        alone = {name: {bit: rows[((name, bit),) * (bit < 8)] for bit in WIDTHS} for name in names}
+        size = {(name, bit): alone[name][bit]["file_bytes"] for name in names for bit in WIDTHS}
+
+        # Greedy: the layer whose next width saves most bytes is tried first. If the network as a
+        # whole still is good it stays so, else no narrower width of this layer is tried
+        widths, left = dict.fromkeys(names, 8), {name: list(WIDTHS[1:]) for name in names}
+        most = len(rows) + COMBINED
+        while any(left.values()) and len(rows) < most:
+            saved = {name: size[name, widths[name]] - size[name, following[0]]
+                     for name, following in left.items() if following}
+            name = max(saved, key=saved.get)
+            trial = widths | {name: left[name].pop(0)}
+            bits = {each: bit for each, bit in trial.items() if bit < 8}
+            if tuple(bits.items()) not in rows:
+                measure(self.quantized({"LAYER_BITS": bits}, base)[0])
+            if is_good(rows[tuple(bits.items())]):
+                widths = trial
+            else:
+                left[name] = []
+        layers = [{"name": name, "cells": [{"bit": bit, **row} for bit, row in cells.items()]}
+                  for name, cells in alone.items()]
+        return {"layers": layers, "combined": [row for bits, row in rows.items() if len(bits) > 1],
+                "smallest": min(filter(is_good, rows.values()), key=lambda row: row["file_bytes"]),
+                "spared_db": SPARED}
+
+
+# The tables, in lines of at most 80 characters
+
+def decimal(value):
+    return "exact" if value is None else f"{round(value, 1) + 0:.1f}"      # + 0: no -0.0
+
+
+def print_cells(head, cells, last=""):
+    """Two lines of a table: the share of equal answers in %, and below it the dB."""
+    print(f"{head:<7}" + "".join(f"{100 * cell['agreement']:>8.2f}" for cell in cells) + last)
+    print(" " * 7 + "".join(f"{decimal(cell['sqnr_db']):>8}" for cell in cells))
+
+
+def print_grid(grid, pictures):
+    """The table of `Sweep.grid`."""
+    print(f"\nHow many bits? On {pictures} pictures; W8: weights of 8 bits, A8: activations of 8\n"
+          "Same class in % and, below it, logit SQNR in dB\n       "
+          + "".join(f"A{cell['BIT']}".rjust(8) for cell in grid[0]["cells"]) + "   bytes of file")
+    for row in grid:
+        print_cells(f"W{row['WEIGHT_BIT']}", row["cells"], f"{row['file_bytes']:>16,}")
+
+
+def print_layer_bits(found, weight_bit, pictures):
+    """The table of `Sweep.layer_bits`, and the setting to paste where WEIGHT_BIT is weight_bit."""
+    print("\nWhat can each layer spare? Its weights have so many bits, all others 8. Same\n"
+          f"class in %, logit SQNR in dB, bytes of file, on {pictures} pictures\nlayer  "
+          + "".join(f"{cell['bit']:>8}" for cell in found["layers"][0]["cells"]))
+    for row in found["layers"]:
+        print_cells(row["name"], row["cells"])
+        print(" " * 7 + "".join(f"{cell['file_bytes']:>8,}" for cell in row["cells"]))
+    smallest, base = found["smallest"], found["layers"][0]["cells"][0]
+    print(textwrap.fill(
+        f"Of these networks, and of {len(found['combined'])} with several narrower layers, this "
+        f"one has the smallest file that loses at most {found['spared_db']} dB against 8 bits "
+        f"everywhere: {smallest['file_bytes']:,} instead of {base['file_bytes']:,} bytes, at "
+        f"{script.db(smallest['sqnr_db'])} instead of {script.db(base['sqnr_db'])}.", 80))
+    if weight_bit != 8:
+        print("WEIGHT_BIT = 8")
+    print(f"LAYER_BITS = {json.dumps(smallest['LAYER_BITS'])}")

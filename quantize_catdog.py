@@ -62,6 +62,7 @@ if __name__ == "__main__":
 
 import ast
 import builtins
+import contextlib
 import copy
 import csv
 import ctypes
@@ -76,9 +77,10 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -218,7 +220,7 @@ def set_constants(words, doc):
         elif name in LEGAL and equals:
             try:
                 globals()[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 globals()[name] = text              # a word without quotes, such as a folder's name
             assigned = True
         elif name in LEGAL:
@@ -1569,11 +1571,11 @@ def run_row(report):
     """{column: text} of a run: when, on what, its figures, its constants."""
     sqnr = report["logit_sqnr_db"]
     row = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), **report["inputs"],
-           "fp32_top1": f"{report['fp32']['top1']:.3f}", "top1": f"{report['int8']['top1']:.3f}",
-           "same_class": f"{100 * report['agreement']:.3f}",
-           "sqnr_db": "inf" if sqnr is None else f"{sqnr:.2f}",
-           "p": f"{report['mcnemar']['p']:.2g}", "fp32_ms": f"{report['fp32']['ms_per_image']:.3f}",
-           "ms": f"{report['int8']['ms_per_image']:.3f}", "bytes": report["int8"]["file_bytes"]}
+           "fp32_top1": f"{report['fp32']['top1']:.3f}", "top1": f"{report['int8']['top1']:.4f}",
+           "same_class": f"{100 * report['agreement']:.4f}",
+           "sqnr_db": "inf" if sqnr is None else f"{sqnr:.4f}",
+           "p": f"{report['mcnemar']['p']:.4g}", "fp32_ms": f"{report['fp32']['ms_per_image']:.5f}",
+           "ms": f"{report['int8']['ms_per_image']:.5f}", "bytes": report["int8"]["file_bytes"]}
     return {name: printable(str(value)) for name, value in (row | report["constants"]).items()}
 
 
@@ -1597,7 +1599,15 @@ def add_run(path, row):
             path.rename(aside)
             print(f"{short(path)} has other columns than this version's: kept as {aside.name}")
             lines = [""]
-        begin = csv_line(row) if lines == [""] else "\n" if lines[-1] else ""
+        if lines == [""]:       # two runs at once make one file: only one of the links succeeds
+            fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            fresh.write_bytes(csv_line(row).encode())
+            if path.exists() and path.stat().st_size == 0:
+                path.unlink()
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+            fresh.unlink()
+        begin = "\n" if lines[-1] else ""
         with open(path, "ab") as file:
             file.write((begin + csv_line(row.values())).encode())
     except OSError as error:
@@ -1654,7 +1664,8 @@ def print_columns(columns, width=80):
     texts = [[" " * len(text[0])] * (height - len(text)) + text for text in texts]
     first, *others = texts
     while others:
-        block, left = [first], width - len(first[0])
+        block = [first, others.pop(0)]
+        left = width - len(first[0]) - 1 - len(block[1][0])
         while others and left > len(others[0][0]):
             block.append(others.pop(0))
             left -= 1 + len(block[-1][0])

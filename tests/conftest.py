@@ -9,8 +9,7 @@ from helpers import ROOT, Place
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """For what is computed in this process: a second one gains little on so few pictures, and loses much where other
-    programs hold its core. Runs in processes of their own have all that they find."""
+    """A second one gains little on so few pictures, and loses much where other programs hold its core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,9 +23,10 @@ def place(tmp_path):
 
 @pytest.fixture(scope="session")
 def usual(tmp_path_factory):
-    """(place, report, stdout) of a run as a user starts it, on six pictures of each split. No test changes it."""
+    """(place, report, stdout) of a run as a user starts it, on six pictures of each split and all cores. No test
+    changes it."""
     place = Place(tmp_path_factory.mktemp("usual"))
-    status, out, err = place.run(BATCH_SIZE=4)
+    status, out, err = place.run(BATCH_SIZE=4, environment={})
     assert (status, err) == (0, ""), err
     return place, place.last_report(), out
 

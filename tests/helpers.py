@@ -29,6 +29,7 @@ PICTURES = ROOT / "cat_dog" / "val"
 SIZE = (224, 224)
 LAYERS, PLACES, DEVICE = script.LAYERS, script.PLACES, script.DEVICE
 METHODS = ("EQUALIZE", "GPTQ", "BIAS_CORRECTION")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}      # for processes: where others hold its core a second one costs minutes
 KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where the INT8 kernels must be exact
 
 
@@ -39,12 +40,20 @@ def blocks(text, language=""):
 
 # runs of the script
 
+class Printed(io.BytesIO):
+    """What a program prints, until it is more than any prints that ends."""
+
+    def write(self, content):
+        assert self.tell() < 10**6, "it prints without end"
+        return super().write(content)
+
+
 def run_here(path, *words):
     """(exit status, stdout, stderr) of a program that is run in this process, from another folder: no time for imports.
 
     Warnings count as stderr. What a run changes in its process is afterwards as it was.
     """
-    out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    out, err = [io.TextIOWrapper(Printed(), "utf-8", write_through=True) for _ in range(2)]
     status = 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         patch.chdir("/")
@@ -89,11 +98,11 @@ class Place:
         (self.folder / SCRIPT.name).write_text(text)
         return self.folder / SCRIPT.name
 
-    def run(self, *words, environment=None, **constants):
+    def run(self, *words, environment=ONE_THREAD, **constants):
         """Run the copy with these constants in a process of its own, and return (exit status, stdout, stderr)."""
         # from another folder: relative paths must be taken from the script's
         done = subprocess.run([sys.executable, self.edit(**constants), *words], cwd="/", capture_output=True, text=True,
-                              timeout=300, env={**os.environ, **(environment or {})})
+                              timeout=300, env=os.environ | environment)
         return done.returncode, done.stdout, done.stderr
 
     def report(self, *words, **constants):
@@ -160,7 +169,7 @@ def started(program, **environment):
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)       # tests in the background: it is ignored
     process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=usual | environment)
+                               env=usual | ONE_THREAD | environment)
     signal.signal(signal.SIGINT, before)
     return process
 

@@ -1,6 +1,7 @@
 """What README.md and docs/results.md say is what runs: snippets, printed lines, figures; and who imports whom."""
 import ast
 import csv
+import os
 import re
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import pytest
 import quantize_catdog
 
-from helpers import README, ROOT, Place, blocks
+from helpers import ONE_THREAD, README, ROOT, Place, blocks
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
 MEASURED = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")       # a figure
@@ -27,7 +28,8 @@ def place(tmp_path_factory):
 
 
 def run(place, *command):
-    done = subprocess.run([sys.executable, *command], cwd=place.folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *command], cwd=place.folder, capture_output=True, text=True, timeout=300,
+                          env=os.environ | ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -103,3 +103,15 @@ def test_markdown_cells_head_each_step():
     for i in steps:
         assert cells[i - 1].cell_type == "markdown" and len(cells[i - 1].source.split()) > 8
         compile(cells[i].source, "cell", "exec")
+
+
+def test_executed_notebook_is_the_script():
+    """The one that is there to be read has the script's cells, each run without an error, and is small."""
+    path = ROOT / "docs" / "quantize_catdog.ipynb"
+    book, script = jupytext.read(path), jupytext.read(ROOT / "quantize_catdog.py")
+    assert [(cell.cell_type, cell.source) for cell in book.cells] == [
+        (cell.cell_type, cell.source) for cell in script.cells]
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert sum(output.output_type == "display_data" for output in outputs) == 2     # answers, and the report
+    assert path.stat().st_size < 1e6

@@ -23,6 +23,7 @@ from PIL import Image
 import oracle
 from helpers import (
     KERNELS,
+    ONE_THREAD,
     PICTURES,
     ROOT,
     SIZE,
@@ -85,26 +86,8 @@ def test_wilson_interval():
     assert quantize_catdog.wilson(97, 100) == pytest.approx((91.548, 98.974), abs=2e-3)
     assert quantize_catdog.wilson(0, 10) == pytest.approx((0, 27.753), abs=2e-3)
     assert quantize_catdog.wilson(10, 10) == pytest.approx((72.247, 100), abs=2e-3)
-
-
-def test_wilson_interval_ends_at_0_and_100():
     for n in range(1, 500):
         assert quantize_catdog.wilson(0, n)[0] >= 0 and quantize_catdog.wilson(n, n)[1] <= 100
-
-
-def test_flips_agreement_and_sqnr():
-    """A planted flip: the second of four pictures."""
-    files, labels = ["cat.0.jpg", "dog.0.jpg", "cat.1.jpg", "dog.1.jpg"], torch.tensor([0, 1, 0, 1])
-    fp32 = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0], [1.0, 2.0]])
-    int8 = fp32 + torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    report = quantize_catdog.compare(quantize_catdog.Outcome(files, labels, fp32, 100.0),
-                                     quantize_catdog.Outcome(files, labels, int8, 75.0))
-    assert report["flips"] == [{"file": "dog.0.jpg", "label": "dog", "better": False, "fp32_margin": 1.0,
-                                "fp32_logits": [0.0, 1.0], "int8_logits": [2.0, 1.0]}]
-    assert report["agreement"] == 0.75 and report["fp32"]["correct"] == 4 and report["int8"]["correct"] == 3
-    assert report["fp32"]["confusion"] == [[2, 0], [0, 2]] and report["int8"]["confusion"] == [[2, 0], [1, 1]]
-    assert report["mcnemar"] == {"gained": 0, "lost": 1, "p": 1.0}
-    assert report["logit_sqnr_db"] == pytest.approx(10 * math.log10((4 + 1 + 9 + 1 + 1 + 4) / 4))
 
 
 def test_time_is_the_median_of_turns(monkeypatch):
@@ -192,7 +175,8 @@ def test_engine_on_other_processors(widths, isa, saturates):
     paths = [str(path) for path, _ in widths]
     driver = f"import json, test_script\nprint(json.dumps(test_script.proofs({paths})))"
     done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, check=True,
-                          env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+                          env=os.environ | ONE_THREAD | {"ONEDNN_MAX_CPU_ISA": isa,
+                                                         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     for recipe, (_, crc), row in zip(WIDTHS, widths, json.loads(done.stdout)):
         wrong = saturates and 8 in (recipe["WEIGHT_BIT"], recipe.get("LAYER_BITS", {}).get("cnn2"))
         auto, forced = row["auto"], row["onednn"]
@@ -206,7 +190,7 @@ def test_engine_on_other_processors(widths, isa, saturates):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone has CPUs that saturate")
 def test_run_on_a_processor_that_saturates(place, usual):
     """The answers are those of any other machine, by way of the reference, and the run says what would be faster."""
-    status, out, err = place.run(environment={"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    status, out, err = place.run(environment={**ONE_THREAD, "ONEDNN_MAX_CPU_ISA": "AVX2"})
     report = place.last_report()
     assert (status, err, report["engine"]) == (0, "", "reference")
     assert re.search(r"(?m)^INT8 engine reference: .*16 bits.*WEIGHT_BIT = 7", out)
@@ -672,7 +656,7 @@ def test_output_folder_in_folders_that_are_not_there_yet(tmp_path):
 def test_name_that_a_terminal_cannot_show(place):
     shutil.copy(PICTURES / "cat.0.jpg", place.val / "cat.\u732b.jpg")
     (place.val / "dog.\u732b.jpg").write_text("no picture")
-    status, out, err = place.run(environment={"PYTHONIOENCODING": "ascii"})
+    status, out, err = place.run(environment={**ONE_THREAD, "PYTHONIOENCODING": "ascii"})
     assert (status, err) == (0, "")
     report = place.last_report()
     assert report["images"]["evaluated"] == 7 and report["skipped"][0]["file"] == "cat_dog/val/dog.\u732b.jpg"
@@ -744,9 +728,9 @@ def test_earlier_results_survive_a_refused_run(rerun):
     assert rerun.files() == before and set(before) == RESULTS
 
 
-@pytest.mark.parametrize("stopped_at", [1, 2])
+@pytest.mark.parametrize("stopped_at", [0, 1, 2])
 def test_report_is_absent_while_the_checkpoint_changes(tmp_path, monkeypatch, stopped_at):
-    """Files that lie together are of one run, or there is no report."""
+    """Files that lie together are of one run, or there is no report. Nothing half-written is left."""
     replace, calls = os.replace, []
     for name in ("c", "report.json"):
         (tmp_path / name).write_bytes(b"before")
@@ -758,10 +742,16 @@ def test_report_is_absent_while_the_checkpoint_changes(tmp_path, monkeypatch, st
             raise KeyboardInterrupt
         replace(source, target)
     monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
+
+    def stop_writing(path, _):
+        path.touch()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if stopped_at == 0:
+            patch.setattr(type(tmp_path), "write_bytes", stop_writing)
         quantize_catdog.write_files(tmp_path, {"c": b"after", "report.json": b"after"})
     found = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert found == {"c": b"before" if stopped_at == 1 else b"after"}
+    assert found == [{"c": b"before", "report.json": b"before"}, {"c": b"before"}, {"c": b"after"}][stopped_at]
 
 
 # the checkpoint: in this process, since each case needs only the loader
@@ -769,14 +759,6 @@ def test_report_is_absent_while_the_checkpoint_changes(tmp_path, monkeypatch, st
 def test_missing_checkpoint_ends_the_run(place):
     place.checkpoint.unlink()
     place.refuse("no checkpoint", "BEST_checkpoint.pth.tar", "CHECKPOINT")
-
-
-@pytest.mark.parametrize("keep", [0, 1, 1000, 0.5, 0.999])
-def test_truncated_checkpoint(tmp_path, keep):
-    data = (ROOT / "BEST_checkpoint.pth.tar").read_bytes()
-    path = tmp_path / "c.pth.tar"
-    path.write_bytes(data[:keep if isinstance(keep, int) else int(len(data) * keep)])
-    refused(path, "damaged")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -920,10 +902,9 @@ def test_pickled_module_with_a_foreign_class_is_refused(tmp_path, state, main_cl
 
 @pytest.mark.parametrize("load", [quantize_catdog.load_checkpoint, quantize_catdog.INT8_Model.load])
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("where", ["model", "beside"])
+@pytest.mark.parametrize("where", ["model", "note", "recipe"])
 def test_hostile_pickle_is_refused_without_running_it(tmp_path, state, where, zipped, load):
-    attack = hostile(tmp_path / "executed")
-    saved = {"model": attack} if where == "model" else {"model": state, "note": attack}
+    saved = {"model": state, where: hostile(tmp_path / "executed")}
     torch.save(saved, tmp_path / "c.pth.tar", _use_new_zipfile_serialization=zipped)
     refused(tmp_path / "c.pth.tar", "mkdir" if zipped else "damaged", load=load)
     assert not (tmp_path / "executed").exists()
@@ -1034,9 +1015,6 @@ def test_checkpoint_of_an_earlier_version(tmp_path, state, monkeypatch, bits):
     assert [old.recipe[name] for name in missing] == [(224, 224), bits, {}]
     with torch.no_grad():
         assert old.predict(PICTURES / "cat.0.jpg")[1] == int8(pixels)[0].tolist()
-    int8.cnn3.weight.view(-1)[-1] = -128 if bits == 8 else 2**(bits - 1)
-    torch.save({"recipe": recipe, "model": int8.state_dict()}, path)
-    refused(path, "cnn3.weight", f"beyond {2**(bits - 1) - 1}", load=quantize_catdog.INT8_Model.load)
 
 
 def change_tensor(name, value):
@@ -1098,24 +1076,9 @@ def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, state, re
     refused(path, name, f"beyond {2**(width - 1) - 1}", load=quantize_catdog.INT8_Model.load)
 
 
-@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
-def test_truncated_int8_checkpoint(kept, tmp_path, keep):
-    data = kept[2].read_bytes()
-    (tmp_path / "c.pth.tar").write_bytes(data[:keep if isinstance(keep, int) else int(len(data) * keep)])
-    refused(tmp_path / "c.pth.tar", "damaged", load=quantize_catdog.INT8_Model.load)
-
-
 def test_fp32_checkpoint_is_no_int8_model():
     refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
             load=quantize_catdog.INT8_Model.load)
-
-
-def test_hostile_int8_checkpoint_is_refused_without_running_it(kept, tmp_path):
-    saved = torch.load(kept[2], weights_only=True)
-    saved["recipe"]["BIT"] = hostile(tmp_path / "executed")
-    torch.save(saved, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", "mkdir", load=quantize_catdog.INT8_Model.load)
-    assert not (tmp_path / "executed").exists()
 
 
 # as a module

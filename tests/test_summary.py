@@ -1,4 +1,6 @@
 """What the summary says of two networks' answers: what changed, whether it is more than chance, names of any kind."""
+import math
+
 import pytest
 import quantize_catdog as script
 import torch
@@ -45,7 +47,11 @@ def test_planted_flips():
         ("cat and co 1.jpg", "cat", True, 0.5), ("cat and co 3.jpg", "dog", False, 0.75)]
     assert found["flips"][1]["fp32_logits"] == [0.25, 1] and found["flips"][1]["int8_logits"] == [1.25, 1]
     assert found["agreement"] == 0.6 and found["mcnemar"] == {"gained": 1, "lost": 1, "p": 1}
+    assert found["flips"][0]["fp32_logits"] == [0.0, 0.5] and set(found["flips"][0]) == {
+        "file", "label", "better", "fp32_margin", "fp32_logits", "int8_logits"}
     assert found["fp32"]["confusion"] == [[1, 1], [1, 2]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
+    assert [found[name]["correct"] for name in ("fp32", "int8")] == [3, 3]
+    assert found["logit_sqnr_db"] == pytest.approx(10 * math.log10(16.3125 / 2.36))
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])

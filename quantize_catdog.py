@@ -445,7 +445,11 @@ class CatDogDataset:
         for file, label in zip(self.files, self.labels):
             path = self.folder / file
             if short(path) not in self.skipped:
-                crc = zlib.crc32(path.read_bytes(), zlib.crc32(bytes([label]), crc))
+                try:
+                    crc = zlib.crc32(path.read_bytes(), zlib.crc32(bytes([label]), crc))
+                except OSError:
+                    raise InputError("pictures came or went while the run looked at them: run it "
+                                     "again") from None
         return crc
 
 

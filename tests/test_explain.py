@@ -868,13 +868,17 @@ def test_other_recipes_same_split_and_odd_names(place):
 
 
 def test_constants_on_the_command_line(place):
-    """A preset, then what changes it, wherever --bits stands."""
+    """A preset, then what changes it, wherever --bits stands. The splits differ in names and numbers of pictures."""
+    (place.train / "dog.0.jpg").unlink()
+    (place.val / "cat.0.jpg").rename(place.val / "cat.0.val.jpg")
     status, out, err = explained(place, "notebook", "--bits", "WEIGHT_BIT=7", "LAYER_BITS={'fc1': 4}")
     assert (status, err) == (0, ""), err
     found = json.loads((place.results / "explain.json").read_text())
     assert found["recipe"] == script.current_recipe() | script.PRESETS["notebook"] | {
         "WEIGHT_BIT": 7, "LAYER_BITS": {"fc1": 4}, "IMAGE_SIZE": [224, 224]}
     assert "WEIGHT_BIT = 7\n" in out and "bits" in found
+    assert found["images"] == {"evaluated": 2, "calibrated": 1} and len(found["calibration_curve"]) == 1
+    assert [row["file"] for row in found["followed"]] == ["cat.0.val.jpg"] * 2
     assert re.search(r"\nWEIGHT_BIT = 8\nLAYER_BITS = \{.*\}\n\nwrote results", out)
 
 

@@ -63,7 +63,7 @@ def test_run_fits_a_terminal_of_80_columns(place):
 def test_table_of_runs_is_what_the_last_of_them_prints(place):
     """Figures but for the times."""
     for words in commands(next(block for block in blocks(README, "sh") if "python quantize_catdog.py" in block)):
-        printed = place.report(*words, OUTPUT_DIR="bench")[1]
+        printed = place.report(*words, "OUTPUT_DIR=bench")[1]
     shown = next(block for block in blocks(README) if block.startswith("The last runs"))
     for a, b in zip(printed[printed.index("The last runs"):].splitlines(), shown.splitlines(), strict=True):
         a, b = [re.sub(r"[\d.]+ (?=[\d,]+$)", "# ", " ".join(line.split())) for line in (a, b)]

@@ -62,7 +62,6 @@ if __name__ == "__main__":
 
 import ast
 import builtins
-import contextlib
 import copy
 import csv
 import ctypes
@@ -1016,6 +1015,32 @@ def mean_error(expected, sums, bias, sum_scale):
     return torch.cat(errors).mean(0)
 
 
+def refine_layer(int8_model, fp32_model, layer, inputs, expected):
+    """`refine` for one layer; returns what the next layer reads, chunks of integers.
+
+    inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
+    """
+    recipe, part, part8 = int8_model.recipe, fp32_model.part(layer), int8_model.part(layer)
+    if recipe["GPTQ"] and layer.is_conv:    # FC: one position a picture, too few for its inputs
+        to = int_range(layer_bit(recipe, layer))
+        part8.weight.copy_(refined_weight(part, part8.w_scale, inputs, to))
+    rounded = ReferenceLayer(int8_model, layer)
+    sums = [rounded.sums(x) for x in inputs]
+    if recipe["BIAS_CORRECTION"]:
+        sum_scale = int8_model.sum_scale(layer).expand(len(part8.bias))
+        error = mean_error(expected, sums, part8.bias, sum_scale)
+        error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
+        moves = torch.round(error * sum_scale)
+        part8.bias.copy_(clip_bias(part8.bias + moves.double(), recipe))
+    refined = ReferenceLayer(int8_model, layer)
+    outputs = [refined.rescale(x) for x in sums]
+    if layer.is_conv:
+        outputs = [int8_model.maxpool(x) for x in outputs]
+    if layer.place == "cv4":
+        outputs = [x.flatten(1) for x in outputs]
+    return outputs
+
+
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
     """Layer by layer, in place, round weights by GPTQ and correct biases on calibration pictures.
@@ -1024,29 +1049,12 @@ def refine(int8_model, fp32_model, pixels):
     layer's input is what the INT8 layers before it, refined already, make of the pictures. Its bias
     moves by the mean error of its output (Nagel et al. 2019, section 4.2).
     """
-    recipe, chunks = int8_model.recipe, pixels.split(CHUNK)
+    chunks = pixels.split(CHUNK)
     fp32_values = [values_at(fp32_model, chunk) for chunk in chunks]
     inputs = [int8_model.quantize_pixels(chunk) for chunk in chunks]
     for layer in LAYERS:
-        part, part8 = fp32_model.part(layer), int8_model.part(layer)
-        if recipe["GPTQ"] and layer.is_conv:    # FC: one position a picture, too few for its inputs
-            to = int_range(layer_bit(recipe, layer))
-            part8.weight.copy_(refined_weight(part, part8.w_scale, inputs, to))
-        rounded = ReferenceLayer(int8_model, layer)
-        sums = [rounded.sums(x) for x in inputs]
-        if recipe["BIAS_CORRECTION"]:
-            expected = [values[layer.place] for values in fp32_values]
-            sum_scale = int8_model.sum_scale(layer).expand(len(part8.bias))
-            error = mean_error(expected, sums, part8.bias, sum_scale)
-            error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
-            moves = torch.round(error * sum_scale)
-            part8.bias.copy_(clip_bias(part8.bias + moves.double(), recipe))
-        refined = ReferenceLayer(int8_model, layer)
-        inputs = [refined.rescale(x) for x in sums]
-        if layer.is_conv:
-            inputs = [int8_model.maxpool(x) for x in inputs]
-        if layer.place == "cv4":
-            inputs = [x.flatten(1) for x in inputs]
+        expected = [values[layer.place] for values in fp32_values]
+        inputs = refine_layer(int8_model, fp32_model, layer, inputs, expected)
 
 
 # %% [markdown]
@@ -1420,7 +1428,8 @@ def name_of(recipe):
     widths = weight_widths(recipe)
     if widths == [8] and recipe["BIT"] == 8:
         return "INT8"
-    return f"W{'-'.join(map(str, {widths[0]: 0, widths[-1]: 0}))}A{recipe['BIT']}"
+    narrowest_and_widest = sorted({widths[0], widths[-1]})
+    return f"W{'-'.join(map(str, narrowest_and_widest))}A{recipe['BIT']}"
 
 
 def db(value):
@@ -1608,9 +1617,12 @@ def add_run(path, row):
             fresh.write_bytes(csv_line(row).encode())
             if path.exists() and path.stat().st_size == 0:
                 path.unlink()
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.link(fresh, path)
-            fresh.unlink()
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
         begin = "\n" if lines[-1] else ""
         with open(path, "ab") as file:
             file.write((begin + csv_line(row.values())).encode())

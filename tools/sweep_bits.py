@@ -53,29 +53,6 @@ def sqnr_of(row):
 
 # The networks
 
-def refine_layer(int8_model, fp32_model, layer, inputs, expected):
-    """The script's `refine` for one layer, so that layers which stay the same are not redone.
-
-    inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
-    Returns chunks of the integers that the next layer reads.
-    """
-    recipe, part, part8 = int8_model.recipe, fp32_model.part(layer), int8_model.part(layer)
-    if recipe["GPTQ"] and layer.is_conv:
-        to = script.int_range(script.layer_bit(recipe, layer))
-        part8.weight.copy_(script.refined_weight(part, part8.w_scale, inputs, to))
-    rounded = script.ReferenceLayer(int8_model, layer)
-    sums = [rounded.sums(x) for x in inputs]
-    if recipe["BIAS_CORRECTION"]:
-        sum_scale = int8_model.sum_scale(layer).expand(len(part8.bias))
-        error = script.mean_error(expected, sums, part8.bias, sum_scale).nan_to_num(0, 0, 0)
-        moves = torch.round(error * sum_scale)
-        part8.bias.copy_(script.clip_bias(part8.bias + moves.double(), recipe))
-    refined = script.ReferenceLayer(int8_model, layer)
-    outputs = [refined.rescale(x) for x in sums]
-    following = script.LAYERS[script.LAYERS.index(layer) + 1:][:1]
-    return [read_by(each, {each.source: x}) for each in following for x in outputs]
-
-
 def first_in(layer_bits):
     """The number of the first layer that is named in {layer: bits}."""
     return [layer.name in layer_bits for layer in script.LAYERS].index(True)
@@ -123,7 +100,8 @@ class Sweep:
             int8_model.part(layer).load_state_dict(base[0].part(layer).state_dict())
         for layer in script.LAYERS[first:]:
             expected = [values[layer.place] for values in self.values]
-            inputs.append(refine_layer(int8_model, self.fp32_model, layer, inputs[-1], expected))
+            inputs.append(script.refine_layer(int8_model, self.fp32_model, layer, inputs[-1],
+                                              expected))
         # whether kernels are exact depends on the CPU and the largest integers: the first network
         # of each BIT has weights of 8 bits, and is verified for all that follow
         bit = int8_model.recipe["BIT"]

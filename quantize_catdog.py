@@ -1,76 +1,44 @@
-"""Post-training INT8 quantization of a cat/dog CNN, from a picture's bytes to its INT8 logits.
+# %% [markdown]
+"""
+# Post-training INT8 quantization of a cat/dog CNN
 
     pip install -r requirements.txt && python quantize_catdog.py
 
-A network trained in FP32 becomes one of 8-bit integers without being trained again: run it on
-pictures and note the largest magnitude at 7 places of the network, turn these ranges into scales,
-round weights and biases to integers, then multiply and add integers.
+This script converts a trained FP32 network to 8-bit integers without training it again. It runs the
+network on some pictures and records the largest magnitude of 7 activations. From these ranges it
+calculates scales, rounds weights and biases to integers, and then multiplies and adds integers.
 
-    step        what it does                                          what leaves it
+    step        what it does                                          output
     pictures    decode and resize                                     uint8  (N, 3, 224, 224)
-    load        read the checkpoint, executing nothing of it          FP32   weights, batch norms
+    load        read the checkpoint without executing anything in it  FP32   weights, batch norms
     fold        each batch norm into the convolution before it        FP32   weights, biases
-    calibrate   run in FP32, with an observer at each place           FP32   logits (N, 2), ranges
-    quantize    scale = largest integer / range; then round, so       int8   weights
-                that the outputs stay close to FP32                   int32  biases
-    prove       this CPU's INT8 kernels against their definition      the kernels, or the reference
+    calibrate   run in FP32, observe the range of each activation     FP32   logits (N, 2), ranges
+    quantize    scale = largest integer / range; round so that the    int8   weights
+                outputs stay close to FP32                            int32  biases
+    verify      compare this CPU's INT8 kernels with the reference    an engine
     evaluate    uint8 x int8 -> int32 sums -> uint8, layer by layer   FP32   logits (N, 2)
-    compare     what changed, and is it more than chance?             a summary
-    keep        the INT8 network, and the report                      results/
+    compare     which answers changed, and could it be chance?        a summary
+    save        the INT8 network, the report, a row in a table        results/
 
-The run at the end has these steps; what they call is defined above it. Constants are edited in the
-file, or for one run on the command line: a preset's name, then NAME=value (--help lists them):
+The run at the end has these steps in this order; what it calls is defined above it. Edit a constant
+in the file, or set it for one run on the command line: a preset, then NAME=value. --help lists all.
 
     python quantize_catdog.py plain GPTQ=True
 
-The file is the port of a notebook, whose names it keeps, and is one itself: Jupytext reads a cell
-after each `# %%`. tools/explain.py shows why answers changed.
+The script is the port of a notebook, whose names it keeps, and is one itself: Jupytext turns what
+follows each `# %%` into a cell. tools/explain.py shows why answers changed.
 """
-import os
-import sys
-
-
-def printable(text):
-    """A text, such as a file's name, without what would move a terminal's cursor."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-class InputError(Exception):
-    """Bad input, in one line that says what, where, and what to do. All that reads may raise it."""
-
-    def __str__(self):
-        return printable(super().__str__())
-
-    def _render_traceback_(self):       # what Jupyter shows under the cell
-        return [f"InputError: {self}"]
-
-
-def end_in_one_line(kind, error, trace):
-    """sys.excepthook of the run: one line for bad input and for Ctrl-C, none for `| head`."""
-    if issubclass(kind, InputError):
-        print(error, file=sys.stderr)
-    elif issubclass(kind, KeyboardInterrupt):
-        print("stopped by Ctrl-C", file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):     # nobody reads on: the rest goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-if __name__ == "__main__":
-    sys.excepthook = end_in_one_line            # before the imports below, which take a second
-
 import ast
-import builtins
 import copy
 import csv
 import ctypes
 import difflib
 import io
-import itertools
 import json
 import math
+import os
 import re
+import sys
 import textwrap
 import time
 import warnings
@@ -86,76 +54,71 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchnet.meter as tnt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 
 # %% [markdown]
 # ## Constants
-# Edit one and run again: the file, or this cell and all below. On the command line NAME=value sets
-# one for a single run. Relative paths start at this file's folder, `~` is the home folder.
+# Edit one and run again: the whole file, or in a notebook this cell and those below it. Relative
+# paths start at this file's folder, and `~` is the home folder.
 
 # %%
 # what is run, on what
 DATA_DIR = "cat_dog"                    # folder that holds the splits
 CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ranges
-EVALUATION_SPLIT = "val"                # folder in it whose pictures are counted in the accuracies
+EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
 CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
-OUTPUT_DIR = "results"                  # the INT8 network, report.json and runs.csv go here
+OUTPUT_DIR = "results"                  # folder for the INT8 network, report.json and runs.csv
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
-INT8_ENGINE = "auto"                    # kernels, exact arithmetic, or kernels where they are exact
+INT8_ENGINE = "auto"                    # INT8 kernels, the exact reference, or whichever is right
 # the recipe: what decides the integers
-IMAGE_SIZE = (224, 224)                 # width and height; FC1 needs 11 x 11 maps
+IMAGE_SIZE = (224, 224)                 # width and height; FC1 needs 11 x 11 feature maps
 BIT = 8                                 # bits of an activation
 WEIGHT_BIT = 8                          # bits of a weight
-LAYER_BITS = {}                         # bits of single layers' weights, where not WEIGHT_BIT
-PER_CHANNEL = True                      # weight scale: one per output channel, or one per layer
+LAYER_BITS = {}                         # bits of single layers' weights, instead of WEIGHT_BIT
+PER_CHANNEL = True                      # weight scales: one per output channel, or one per layer
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
 BIAS_BIT = 32                           # bits of a bias
 QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or leave them FP32
-HEADROOM = 2                            # multiplies the ranges of what FC1 and FC2 read
+HEADROOM = 2                            # multiplies the ranges of FC1's and FC2's inputs
 EQUALIZE = True                         # rescale channels so that weak ones use more integers too
 GPTQ = True                             # round weights so that errors cancel, or each to nearest
 BIAS_CORRECTION = True                  # shift biases by the mean error in calibration
 
 # %% [markdown]
-# The legal values of each, to which the file, the command line and checkpoints are held. A preset
-# is a recipe by its differences from the one above.
+# A preset is a set of changes to this recipe. LEGAL says which values are legal, wherever they come
+# from: this file, the command line or a checkpoint.
 
 # %%
 PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORRECTION": False}}
 PRESETS["notebook"] = PRESETS["plain"] | {
     "PER_CHANNEL": False, "UNSIGNED_RELU": False, "BIAS_BIT": 16, "QUANTIZE_LOGITS": True}
 
-
 class Legal(NamedTuple):
-    """The legal values of a constant: in words, and as a function of a value."""
-    words: str
-    allows: Callable
-
+    words: str              # which values are legal
+    allows: Callable        # whether a value is
 
 def whole_number(low, high):
     return Legal(f"a whole number from {low} to {high}",
                  lambda value: type(value) is int and low <= value <= high)
 
-
 def is_image_size(value):
-    return (isinstance(value, tuple) and [type(side) for side in value] == [int, int]
-            and all(212 <= side <= 227 for side in value))
-
+    return (isinstance(value, tuple) and len(value) == 2
+            and all(whole_number(212, 227).allows(side) for side in value))
 
 def is_layer_bits(value):
+    names = [layer.name for layer in LAYERS]
     return isinstance(value, dict) and all(
-        name in [layer.name for layer in LAYERS] and whole_number(2, 8).allows(bit)
-        for name, bit in value.items())
-
+        name in names and whole_number(2, 8).allows(bit) for name, bit in value.items())
 
 TRUE_FALSE = Legal("True or False", lambda value: isinstance(value, bool))
 PATH = Legal("the name of a file or folder",
              lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value)
-RECIPE = {
+LEGAL_RECIPE = {
     "IMAGE_SIZE": Legal("(width, height), each a whole number from 212 to 227", is_image_size),
     "BIT": whole_number(2, 8), "WEIGHT_BIT": whole_number(2, 8),
-    "LAYER_BITS": Legal('bits from 2 to 8 by name of layer, such as {"fc1": 4}', is_layer_bits),
+    "LAYER_BITS": Legal('bits from 2 to 8 per layer name, such as {"fc1": 4}', is_layer_bits),
     "PER_CHANNEL": TRUE_FALSE, "UNSIGNED_RELU": TRUE_FALSE, "BIAS_BIT": whole_number(2, 32),
     "QUANTIZE_LOGITS": TRUE_FALSE,
     "HEADROOM": Legal("a number from 1 to 16",
@@ -165,41 +128,59 @@ LEGAL = {
     "DATA_DIR": PATH, "CALIBRATION_SPLIT": PATH, "EVALUATION_SPLIT": PATH, "CHECKPOINT": PATH,
     "OUTPUT_DIR": PATH, "BATCH_SIZE": whole_number(1, 4096), "NUM_WORKERS": whole_number(1, 256),
     "INT8_ENGINE": Legal('"auto", "onednn" or "reference"',
-                         lambda value: value in ("auto", "onednn", "reference"))} | RECIPE
+                         lambda value: value in ("auto", "onednn", "reference"))} | LEGAL_RECIPE
 
-ROOT = Path(globals().get("__file__", "notebook")).resolve().parent     # a notebook: where it runs
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# %% [markdown]
+# How constants are read and set. Whatever is wrong with an input is an `InputError`: one line that
+# says what, where and what to do.
 
+# %%
+def printable(text):
+    """A text, such as a file's name, without characters that move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
-def described_constants():
-    """{constant: its comment} of the block at the top of this file; {} in a notebook."""
+class InputError(Exception):
+    """Bad input. A run prints its one line and ends with exit status 1."""
+
+    def __str__(self):
+        return printable(super().__str__())
+
+    def _render_traceback_(self):       # what Jupyter shows beneath the cell
+        return [f"InputError: {self}"]
+
+def constants_block():
+    """The text of this file's constants, comments included; "" in a notebook."""
     if "__file__" not in globals():
-        return {}
-    block = Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
-    return dict(re.findall(r"(?m)^([A-Z]\w*) *=.*?(?:  # (.*))?$", block))
+        return ""
+    return Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
 
-
-def no_such(name, known):
-    """InputError for a name that is not among the known ones; it names the nearest of them."""
+def unknown_name(name, known):
+    """The InputError for a name that is not among the known ones; it suggests the nearest."""
     wanted = name.strip("-").replace("-", "_").upper()
-    near = difflib.get_close_matches(wanted, [each.upper() for each in known], 1)
-    found = [each for each in known if each.upper() in near]
-    hint = f"did you mean {found[0]}?" if found else "--help lists them all"
+    by_capitals = {each.upper(): each for each in known}
+    near = difflib.get_close_matches(wanted, by_capitals, 1)
+    hint = f"did you mean {by_capitals[near[0]]}?" if near else "--help lists them all"
     return InputError(f"{name}: no constant of this name, {hint}")
 
+def check_legal(constants, names):
+    """Raise InputError unless {constant: value} has all of the names and legal values."""
+    for name in names:
+        if name not in constants:
+            raise InputError(f"{name} is missing: set it to {LEGAL[name].words}")
+    for name, value in constants.items():
+        if name not in names:
+            raise unknown_name(name, names)
+        if not LEGAL[name].allows(value):
+            raise InputError(f"{name} = {value!r}: set it to {LEGAL[name].words}")
 
-def print_help(doc):
-    """Print a docstring, the constants with their comments and values, and the presets."""
-    print(doc)
-    comments = described_constants()
-    for name, legal in LEGAL.items():
-        print(f"{name} = {globals().get(name)!r}")
-        print(textwrap.fill(f"{comments.get(name, '')}; {legal.words}", 80, initial_indent="    ",
-                            subsequent_indent="    "))
-    for name, changes in PRESETS.items():
-        words = " ".join(f"{constant}={value!r}" for constant, value in changes.items())
-        print(textwrap.fill(f"preset {name}: {words}", 80, subsequent_indent="    "))
-
+def read_constants(names=tuple(LEGAL)):
+    """{constant: value} as they are now; raises InputError for a value that is not legal."""
+    for name in re.findall(r"(?m)^([A-Z]\w*) *=", constants_block()):
+        if name not in LEGAL:
+            raise unknown_name(name, LEGAL)
+    constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
+    check_legal(constants, names)
+    return constants
 
 def set_constants(words, doc):
     """Set constants by the words of a command line: presets, then NAME=value as Python literals.
@@ -207,7 +188,12 @@ def set_constants(words, doc):
     --help prints `doc`, all constants and the presets, and ends the program.
     """
     if {"--help", "-h"} & set(words):
-        print_help(doc)
+        print(f"{doc}\nThe constants:\n{constants_block()}\nTheir legal values:\n")
+        for name, legal in LEGAL.items():
+            print(f"{name:<18} {legal.words}")
+        for preset, changes in PRESETS.items():
+            words = " ".join(f"{name}={value!r}" for name, value in changes.items())
+            print(textwrap.fill(f"preset {preset}: {words}", 80, subsequent_indent="    "))
         sys.exit()
     assigned = False
     for word in words:
@@ -225,98 +211,66 @@ def set_constants(words, doc):
         elif name in LEGAL:
             raise InputError(f"{name}: give it a value, {name}={globals().get(name)!r} for example")
         else:
-            raise no_such(name, [*PRESETS, *LEGAL])
-
+            raise unknown_name(name, [*PRESETS, *LEGAL])
 
 def command_line():
     """The words after this file's name; none in a notebook: its kernel has other arguments."""
     is_program = "__file__" in globals() and Path(sys.argv[0]).resolve() == Path(__file__).resolve()
     return sys.argv[1:] if is_program else []
 
+# %% [markdown]
+# Where files lie, and what a run changes in its process.
 
-def check_constants():
-    """Print and return {constant: value}; raise InputError where this file cannot run with one."""
-    for name in described_constants():
-        if name not in LEGAL:
-            raise no_such(name, LEGAL)
-    for name, legal in LEGAL.items():
-        if name not in globals():
-            raise InputError(f"{name} is missing: set it to {legal.words}")
-        if not legal.allows(globals()[name]):
-            raise InputError(f"{name} = {globals()[name]!r}: set it to {legal.words}")
-    constants = {name: copy.copy(globals()[name]) for name in LEGAL}
-    for name, value in constants.items():
-        print(f"{name} = {value!r}")
-    return constants
+# %%
+ROOT = Path(globals().get("__file__", "notebook")).resolve().parent     # a notebook: where it runs
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
-def current_recipe():
-    """{constant: value} of those that decide the integers."""
-    return {name: copy.copy(globals()[name]) for name in RECIPE}
-
-
-def layer_bit(recipe, layer):
-    """Bits of a Layer's weights."""
-    return recipe["LAYER_BITS"].get(layer.name, recipe["WEIGHT_BIT"])
-
-
-def weight_widths(recipe):
-    """The different bits of all layers' weights, in order."""
-    return sorted({layer_bit(recipe, layer) for layer in LAYERS})
-
-
-def located(*names):
+def resolve_path(*names):
     """The path that constants name: below ROOT unless one is absolute; ~ is the home folder."""
     return ROOT.joinpath(*[os.path.expanduser(name) for name in names])
 
-
-def short(path):
+def display_path(path):
     """A path as it is printed: relative to ROOT where it lies below it."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
-
 def prepare_process():
-    """Change the process of a run; one that only imports this file stays as it is."""
+    """Change this process as a run needs it. Importing the file changes nothing."""
     if hasattr(sys.stdout, "reconfigure"):      # a file's name may hold what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
-    warnings.filterwarnings("ignore", module="PIL")     # a broken picture is reported once, by us
+    warnings.filterwarnings("ignore", module="PIL")     # broken pictures are listed in `skipped`
     Image.MAX_IMAGE_PIXELS = 2**25      # Pillow refuses pictures of more than twice as many
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc returns every big buffer to the system and faults its pages in again at the next
-        # layer; keeping them (M_MMAP_MAX, M_TRIM_THRESHOLD) halves the time of both passes
+        # glibc returns every big buffer to the system, and the next layer has its pages mapped
+        # again; keeping them (M_MMAP_MAX, M_TRIM_THRESHOLD) halves the time of both passes
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
-
 # %% [markdown]
 # ## Pictures
-# A file becomes uint8 pixels and a label: 0 for cat, 1 for dog. What cannot be used is left out,
-# and named with the reason.
+# A file is decoded to uint8 pixels, and its path tells the label: 0 for cat, 1 for dog. Files that
+# cannot be used are left out and listed with the reason.
 
 # %%
 CLASSES = ("cat", "dog")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would start a program
-KEEP_BYTES = 2**28          # decoded pictures kept for the next pass; the others are decoded again
-DECODED_AHEAD = 32          # pictures a thread decodes before the network gets them
-
+KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
 
 def label_of(path):
-    """0 where the words of a path say cat or cats, 1 for dog or dogs, None for neither or both."""
+    """The index in CLASSES of the one class that a path's words name; None for none or several."""
     words = re.findall(r"[^\W\d_]+", str(path).casefold())
-    said = {word.removesuffix("s") for word in words} & set(CLASSES)
-    return CLASSES.index(said.pop()) if len(said) == 1 else None
-
+    named = {word.removesuffix("s") for word in words} & set(CLASSES)
+    return CLASSES.index(named.pop()) if len(named) == 1 else None
 
 def decode(picture, size):
     """A file, Pillow picture or array -> uint8 (height, width, 3) of size (width, height).
 
-    Resized with Pillow's default filter (bicubic), as in the notebook. Turned as its EXIF data
-    says; the first frame of an animation; transparent parts on white.
+    Resized with Pillow's default filter (bicubic), as in the notebook. Rotated as its EXIF data
+    says; the first frame of an animation; transparent parts on white. Raises InputError.
     """
     if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):
-        raise InputError("is no file")      # a pipe, say, at which `open` would wait for ever
+        raise InputError("is not a file")       # opening a pipe, say, would wait for ever
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or picture.size == 0:
             raise InputError("is not uint8 (height, width, 3)")
@@ -327,59 +281,54 @@ def decode(picture, size):
         with image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            if not image.mode.startswith("I"):          # I: grey of 16 bits
-                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
+                grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
+                image = Image.fromarray(grey)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            if image.mode != "RGB":
+                image = image.convert("RGB")
+            return np.array(image.resize(size))
     except Exception as error:      # decoders raise nearly every type on broken bytes
         reason = " ".join(str(error).split())
         raise InputError(f"cannot be decoded: {type(error).__name__}: {reason}") from None
-    if image.mode.startswith("I"):
-        grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)  # 65535 / 255
-        image = Image.fromarray(grey).convert("RGB")
-    if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-    return np.array(image.resize(size))
 
+# %% [markdown]
+# Any `DataLoader` takes the dataset, as it takes the notebook's.
 
-def to_tensor(pictures):
-    """n times uint8 (height, width, 3) -> uint8 (n, 3, height, width), channels last in memory."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+# %%
+class CatDogDataset(Dataset):
+    """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
 
-
-class CatDogDataset:
-    """The pictures below a folder in one fixed order: `files`, `labels`, and `skipped` {path: why}.
-
-    Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ... so that any first few
-    hold both. size: (width, height) of its pixels, IMAGE_SIZE unless another is given.
+    Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
+    few hold both classes. What cannot be decoded is left out of its batch; `skipped` says why.
+    size: (width, height), IMAGE_SIZE unless given. Raises InputError for a missing folder.
     """
 
     def __init__(self, folder, size=None):
         self.folder, self.size = Path(folder), size or IMAGE_SIZE
-        self.files, self.labels, self.skipped = [], [], {}
+        self.files, self.labels = [], []
+        self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
         if not os.path.isdir(self.folder) or not os.access(self.folder, os.R_OK):
-            raise InputError(f"no folder {short(self.folder)}: put pictures named cat.0.jpg, "
+            raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, "
                              "dog.0.jpg, ... there, or set DATA_DIR and the splits")
-        for file in sorted(self.names(), key=self.numbers_first):
+        for file in sorted(self.find_files(), key=self.numbers_first):
             label = label_of(file)
             if label is None:
-                reason = "the path says neither cat nor dog, or both"
-                self.skipped[short(self.folder / file)] = reason
+                self.skipped[file] = "its path says neither cat nor dog, or both"
             else:
                 self.files.append(file)
                 self.labels.append(label)
-        self.kept = []          # what `decoded` yields for the first files
 
-    def names(self):
-        """Yield the files below the folder, relative to it; links are followed, no folder twice."""
+    def find_files(self):
+        """Yield the files below the folder, relative to it. Links to folders are not followed."""
         def cannot_list(error):
-            self.skipped[short(error.filename)] = f"cannot be listed: {error.strerror}"
+            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
 
-        seen = set()
-        for place, folders, files in os.walk(self.folder, onerror=cannot_list, followlinks=True):
-            if os.path.realpath(place) in seen:
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(place))
+        for place, folders, files in os.walk(self.folder, onerror=cannot_list):
+            folders[:] = [name for name in folders if name[0] not in ".@"]      # thumbnails, say
             for file in files:
                 yield os.path.relpath(os.path.join(place, file), self.folder)
 
@@ -387,192 +336,228 @@ class CatDogDataset:
     def numbers_first(file):
         return [int(number) for number in re.findall("[0-9]+", file)], file
 
+    def usable(self):
+        """[(file, label)] of those not skipped so far; raises InputError where there is none."""
+        found = [(file, label) for file, label in zip(self.files, self.labels)
+                 if file not in self.skipped]
+        if not found:
+            reasons = [f", e.g. {file}: {reason}" for file, reason in sorted(self.skipped.items())]
+            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: "
+                             "put pictures named cat.0.jpg, dog.0.jpg, ... there")
+        return found
+
+    def __str__(self):
+        counts = [f"{self.labels.count(i)} {name}" for i, name in enumerate(CLASSES)]
+        return f"{display_path(self.folder)}: {len(self)} pictures, {', '.join(counts)}"
+
     def __len__(self):
         return len(self.files)
 
-    def __str__(self):
-        cats = self.labels.count(0)
-        return f"{short(self.folder)}: {len(self)} pictures, {cats} cat and {len(self) - cats} dog"
-
-    def decoded(self):
-        """Yield for each file its pixels, uint8 (height, width, 3), or None where it has none.
-
-        Decoded once, as far as KEEP_BYTES reach, however often this is called. All cores decode
-        some pictures, then all run the network on them: both at once would only fight for cores.
-        """
-        yield from self.kept
-        most = KEEP_BYTES // (3 * self.size[0] * self.size[1])
-        step = max(BATCH_SIZE, DECODED_AHEAD * NUM_WORKERS)
-        with ThreadPoolExecutor(NUM_WORKERS) as pool:   # Pillow lets other threads run meanwhile
-            for start in range(len(self.kept), len(self), step):
-                found = list(pool.map(self.pixels_of, self.files[start:start + step]))
-                if start == len(self.kept):     # not beyond KEEP_BYTES, nor after another walk
-                    self.kept += found[:max(0, most - start)]
-                yield from found
-
     def pixels_of(self, file):
-        """A file's pixels; None where it has none, with the reason in `skipped`."""
-        try:
-            return decode(self.folder / file, self.size)
-        except InputError as error:
-            self.skipped[short(self.folder / file)] = str(error)
+        """Decode a file to uint8 (height, width, 3); None where that fails, now or before."""
+        if file in self.skipped:
             return None
+        try:
+            pixels = decode(self.folder / file, self.size)
+        except InputError as error:
+            self.skipped[file] = str(error)
+            return None
+        if len(self.kept) < KEEP_BYTES // pixels.nbytes:
+            self.kept[file] = pixels
+        return pixels
 
-    def batches(self):
-        """Yield (pixels uint8 (n, 3, height, width), labels int64 (n,), n files) of usable ones."""
-        rows = zip(self.decoded(), self.labels, self.files)
-        usable = (row for row in rows if row[0] is not None)
-        batch = list(itertools.islice(usable, BATCH_SIZE))
-        if not batch:
-            reasons = [f", e.g. {file}: {reason}" for file, reason in sorted(self.skipped.items())]
-            raise InputError(f"no usable picture in {short(self.folder)}{''.join(reasons[:1])}: "
-                             "put pictures named cat.0.jpg, dog.0.jpg, ... there")
-        while batch:
-            pictures, labels, files = zip(*batch)
-            yield to_tensor(pictures), torch.tensor(labels), list(files)
-            batch = list(itertools.islice(usable, BATCH_SIZE))
+    def __getitems__(self, indices):
+        """The items of a batch, decoded in threads, without those that cannot be decoded."""
+        files = [self.files[i] for i in indices]
+        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow lets other threads run
+            new = [file for file in files if file not in self.kept]
+            decoded = dict(zip(new, pool.map(self.pixels_of, new)))
+        items = []
+        for file, i in zip(files, indices):
+            pixels = decoded[file] if file in decoded else self.kept[file]
+            if pixels is not None:
+                items.append((torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i]))
+        return items
 
-    def first(self, count):
+    def __getitem__(self, index):
+        if items := self.__getitems__([index]):
+            return items[0]
+        file = self.files[index]
+        raise InputError(f"{self.folder / file} {self.skipped[file]}")
+
+    def collate_fn(self, items):
+        """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
+        width, height = self.size
+        if not items:
+            return torch.zeros(0, 3, height, width, dtype=torch.uint8), torch.zeros(0).long()
+        pixels, labels = zip(*items)
+        channels_last = torch.stack([each.permute(1, 2, 0) for each in pixels])
+        return channels_last.permute(0, 3, 1, 2), torch.tensor(labels)
+
+    def first_pixels(self, count):
         """uint8 (n, 3, height, width) of the first usable pictures, at most `count`, on DEVICE."""
-        full = math.ceil(count / BATCH_SIZE)         # all batches but the last are
-        batches = itertools.islice(self.batches(), full)
-        return torch.cat([pixels for pixels, _, _ in batches])[:count].to(DEVICE)
+        items = []
+        for start in range(0, len(self), count):
+            items += self.__getitems__(range(start, min(start + count, len(self))))
+            if len(items) >= count:
+                break
+        self.usable()       # at least one
+        return self.collate_fn(items[:count])[0].to(DEVICE)
 
     def checksum(self):
         """CRC-32 of the labels and the bytes of the usable files, whatever these are called."""
         crc = 0
-        for file, label in zip(self.files, self.labels):
-            path = self.folder / file
-            if short(path) not in self.skipped:
-                try:
-                    crc = zlib.crc32(path.read_bytes(), zlib.crc32(bytes([label]), crc))
-                except OSError:
-                    raise InputError("pictures came or went while the run looked at them: run it "
-                                     "again") from None
+        for file, label in self.usable():
+            try:
+                content = (self.folder / file).read_bytes()
+            except OSError:
+                raise InputError("pictures came or went while the run looked at them: run it "
+                                 "again") from None
+            crc = zlib.crc32(content, zlib.crc32(bytes([label]), crc))
         return crc
-
 
 # %% [markdown]
 # ## Arithmetic
-# A real number x is kept as an integer q with x = q / scale. (torch's own quantizers call 1 / scale
-# the scale.) All here is symmetric: the integer 0 stands for 0.0, and there is no zero point.
+# A real number x is stored as an integer q with x = q / scale. (torch's own quantizers call
+# 1 / scale the scale.) All of it is symmetric: the integer 0 stands for 0.0, without zero points.
 
 # %%
-SMALLEST = 1e-12    # a range below it counts as this, so that no dead layer divides by zero
-
+SMALLEST = 1e-12    # smaller ranges count as this, so that a dead layer does not divide by zero
 
 class IntRange(NamedTuple):
     low: int
     high: int
     dtype: torch.dtype
 
-
 def int_range(bit, unsigned=False):
-    """Of 8 bits: -127..127 in int8, or 0..255 in uint8 for what is never negative."""
+    """With 8 bits: -127..127 in int8, or 0..255 in uint8 for what is never negative."""
     if unsigned:
         return IntRange(0, 2**bit - 1, torch.uint8)
     largest = 2**(bit - 1) - 1
     return IntRange(-largest, largest, torch.int8)
 
-
 def scale_of(largest_integer, range_data):
-    """The scale that maps range_data, the largest magnitude seen, to the largest integer. FP32."""
+    """The FP32 scale that maps range_data, the largest magnitude seen, to the largest integer."""
     return largest_integer / range_data.clamp(min=SMALLEST)
 
-
-def spread(values, dims):
-    """(out,) or (1,) -> with `dims` more axes of length 1: one value per output channel."""
+def broadcast(values, dims):
+    """(out,) or (1,) -> the same with `dims` more axes of length 1, to multiply each channel."""
     return values.reshape(-1, *[1] * dims)
 
+def quantize(x, scale, integers):
+    """q = clip(round(x * scale), low, high), from FP32 to the type of `integers`, an IntRange.
 
-def quantize(x, scale, to):
-    """q = clip(round(x * scale), low, high): FP32 -> the integer type of `to`, an IntRange."""
-    return (x * scale).round_().clip_(to.low, to.high).to(to.dtype)
-
-
-def requantize(sums, multiplier, offset, to):
-    """Sums of products -> integers at the next place's scale: q = clip(round(sums * M + offset)).
-
-    The sums are real numbers times scale_in * scale_w. Times M = scale_out / (scale_in * scale_w)
-    they are real numbers times scale_out; offset = bias * M. A `to.low` of 0 is the ReLU. Product
-    and sum are rounded to FP32 separately: this is what INT8 kernels do.
+    >>> quantize(torch.tensor([0.1, -0.5, 2.0]), 127, int_range(8))
+    tensor([ 13, -64, 127], dtype=torch.int8)
     """
-    return (sums * multiplier).add_(offset).round_().clip_(to.low, to.high).to(to.dtype)
+    q = (x * scale).round_().clip_(integers.low, integers.high)
+    return q.to(integers.dtype)
 
+def requantize(sums, multiplier, offset, integers):
+    """Sums of products -> integers at the output's scale: q = clip(round(sums * M + offset)).
+
+    The sums are real numbers times scale_in * scale_w, so M = scale_out / (scale_in * scale_w)
+    makes them real numbers times scale_out; offset = bias * M. With `integers.low` = 0 the clipping
+    is the ReLU. Product and sum are each rounded to FP32, as in the INT8 kernels.
+
+    >>> requantize(torch.tensor([1000.0, -500.0]), 0.01, 1.0, int_range(8, unsigned=True))
+    tensor([11,  0], dtype=torch.uint8)
+    """
+    q = (sums * multiplier).add_(offset).round_().clip_(integers.low, integers.high)
+    return q.to(integers.dtype)
 
 def fusion_conv_bn(conv, bn):
-    """Weight and bias of the one convolution that does what convolution and batch norm do.
+    """Weight and bias of the one convolution that equals a convolution and its batch norm.
 
     bn(y) = (y - mean) * g + beta with g = gamma / sqrt(var + eps), hence W' = W * g and
     b' = b * g + (beta - mean * g) (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
+
+    >>> conv, bn = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0)         # y = W x + b
+    >>> for tensor, value in [(conv.weight, 2), (conv.bias, 1), (bn.running_mean, 1),
+    ...                       (bn.running_var, 4), (bn.weight, 3), (bn.bias, 5)]:
+    ...     _ = tensor.detach().fill_(value)
+    >>> [tensor.item() for tensor in fusion_conv_bn(conv, bn)]          # g = 3 / sqrt(4)
+    [3.0, 5.0]
     """
     bn_gamma = bn.weight / torch.pow(bn.running_var + bn.eps, 0.5)
     bn_beta = bn.bias - bn.running_mean * bn_gamma
-    return conv.weight * spread(bn_gamma, 3), conv.bias * bn_gamma + bn_beta
-
+    return conv.weight * broadcast(bn_gamma, 3), conv.bias * bn_gamma + bn_beta
 
 def weight_quant(w, b, in_scale, bit, recipe):
     """FP32 weight (out, ...), bias (out,) -> int8 weight, int32 bias, weight scale (out,) or (1,).
 
-    bit: the weight's. The bias is added to products of inputs and weights: its scale is theirs,
+    bit: of the weight. A bias is added to sums of inputs times weights, so its scale is theirs,
     in_scale * w_scale.
+
+    >>> w, b = torch.tensor([[0.5, -1.0]]), torch.tensor([0.1])
+    >>> weight_quant(w, b, 2, 8, {"PER_CHANNEL": True, "BIAS_BIT": 32})     # b * 2 * 127 = 25.4
+    (tensor([[  64, -127]], dtype=torch.int8), tensor([25], dtype=torch.int32), tensor([127.]))
     """
-    to = int_range(bit)
-    groups = w.flatten(1) if recipe["PER_CHANNEL"] else w.reshape(1, -1)        # one row a scale
-    w_scale = scale_of(to.high, groups.abs().amax(1))
+    integers = int_range(bit)
+    rows = w.flatten(1) if recipe["PER_CHANNEL"] else w.reshape(1, -1)      # one row per scale
+    w_scale = scale_of(integers.high, rows.abs().amax(1))
     if recipe["BIAS_BIT"] == 32:
-        # weights of nearly 0 get so large a scale that the bias beside them would not fit int32:
-        # then the bias sets the scale, and takes half of int32; the products have the other half.
-        # Fewer BIAS_BITs are clipped, as in the notebook
-        b_groups = b.reshape(len(groups), -1)
-        w_scale = torch.minimum(w_scale, scale_of(2**30, b_groups.abs().amax(1) * in_scale))
-    wq = quantize(w, spread(w_scale, w.dim() - 1), to)
+        # weights near 0 get such a large scale that their bias would not fit in int32: there the
+        # bias sets the scale and takes half of int32, which leaves the other half to the products.
+        # A bias of fewer bits is clipped, as in the notebook
+        largest_bias = b.reshape(len(rows), -1).abs().amax(1)
+        w_scale = torch.minimum(w_scale, scale_of(2**30, largest_bias * in_scale))
+    wq = quantize(w, broadcast(w_scale, w.dim() - 1), integers)
     bq = clip_bias(torch.round(b * (w_scale * in_scale)).double(), recipe)
     return wq, bq, w_scale
-
 
 def clip_bias(bias, recipe):
     """Whole numbers in FP64, since FP32 cannot hold the limits -> int32 of BIAS_BIT bits."""
     largest = 2**(recipe["BIAS_BIT"] - 1) - 1
     return bias.clip(-largest, largest).to(torch.int32)
 
+def layer_bit(recipe, layer):
+    """Bits of a Layer's weights."""
+    return recipe["LAYER_BITS"].get(layer.name, recipe["WEIGHT_BIT"])
 
 # %% [markdown]
 # ## The FP32 network and its observers
-# Four times convolution, batch norm, ReLU, pooling; then two fully connected layers. An observer
-# looks at each *place*: the input, each ReLU's output, each fully connected layer's output. It
-# keeps the largest magnitude that it has seen in each channel, as `range_<place>`. The largest of a
-# place's channels is the range that becomes the place's scale.
+# Four blocks of convolution, batch norm, ReLU and pooling, then two fully connected layers. The
+# *activations* are the tensors that will be quantized: the input, each ReLU's output and each fully
+# connected layer's output. An observer remembers the largest magnitude in each channel of an
+# activation; the largest of these is its range, from which its scale is calculated.
 
 # %%
 class Layer(NamedTuple):
     name: str           # of the convolution or fully connected layer
-    bn: str | None      # batch norm behind a convolution; ReLU and pooling follow
-    source: str         # place that it reads from, after pooling
-    place: str          # place that it writes to, before pooling
+    bn: str | None      # batch norm after a convolution; ReLU and pooling follow
+    output: str         # the activation that it computes, before pooling
+
+    @property
+    def input(self):
+        """The activation that it reads, after pooling."""
+        return ACTIVATIONS[LAYERS.index(self)]
 
     @property
     def is_conv(self):
         return self.bn is not None
 
-
 LAYERS = [
-    Layer("cnn1", "bn1", "input", "cv1"),
-    Layer("cnn2", "bn2", "cv1", "cv2"),
-    Layer("cnn3", "bn3", "cv2", "cv3"),
-    Layer("cnn4", "bn4", "cv3", "cv4"),
-    Layer("fc1", None, "cv4", "fc1"),       # no ReLU: the notebook's forward has none here
-    Layer("fc2", None, "fc1", "fc2"),
+    Layer("cnn1", "bn1", "cv1"),
+    Layer("cnn2", "bn2", "cv2"),
+    Layer("cnn3", "bn3", "cv3"),
+    Layer("cnn4", "bn4", "cv4"),
+    Layer("fc1", None, "fc1"),      # no ReLU: the notebook's forward has none here
+    Layer("fc2", None, "fc2"),
 ]
-PLACES = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
-BEFORE_FC = ["cv4", "fc1"]      # what fully connected layers read: there clipping hurts most
+ACTIVATIONS = ["input", *[layer.output for layer in LAYERS]]
+LOGITS = ACTIVATIONS[-1]
+FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
+# %% [markdown]
+# Three of torch's layers with small changes.
 
+# %%
 class Conv2d(nn.Conv2d):
-    """torch's, but a picture's values are the same to the last bit whatever is beside it.
+    """Like torch's, but the result for a picture does not depend on the rest of the batch.
 
-    For one picture torch may take a kernel that sums in another order. So it is run as two: its
-    upper and its lower half, with the rows that both need.
+    For a single picture torch may choose a kernel that sums in another order. So one picture is
+    computed as a batch of two: its upper and its lower half, with the rows that both need.
     """
 
     def forward(self, x):
@@ -584,46 +569,43 @@ class Conv2d(nn.Conv2d):
         y = super().forward(torch.cat([x[:, :, :needed], x[:, :, -needed:]]))
         return torch.cat([y[:1], y[1:, :, 2 * upper - rows:]], 2)   # odd: the middle row is in both
 
-
 class Linear(nn.Linear):
-    """torch's, with a product for each picture by itself, for the same reason."""
+    """Like torch's, but with one product per picture, for the same reason."""
 
     def forward(self, x):
         weight = self.weight.t().expand(len(x), -1, -1)
         return torch.bmm(x[:, None], weight)[:, 0] + self.bias
 
-
 class MaxPool2d(nn.MaxPool2d):
-    """2 x 2 maximum; a last odd row or column is dropped. torch's refuses uint8, and is slower."""
+    """2 x 2 maximum; an odd last row or column is dropped. torch's refuses uint8 and is slower."""
 
     def forward(self, x):
         height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
         x = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
         return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
+# %% [markdown]
+# `forward` passes every activation through `observe(name, data)`. Calibration gives it
+# `update_range`; otherwise it does nothing.
+
+# %%
+def no_observer(name, data):
+    return data
 
 def largest_magnitudes(data):
-    """(N, C, height, width) or (N, C) -> the largest |value| in each picture's channels, (N, C)."""
+    """(N, C, height, width) or (N, C) -> the largest |value| of each channel, (C,)."""
     if data.dim() == 2:
-        return data.abs()
-    rows = data.permute(0, 2, 3, 1)     # channels last as in memory; |data| would copy it
-    return torch.maximum(rows.amax(1), -rows.amin(1)).amax(1)
-
-
-def unwatched(place, values):
-    """The `at` of a forward that nobody looks at."""
-    return values
-
-
-def values_at(model, pixels):
-    """{place: values} of one forward pass through an FP32 or an INT8 network."""
-    values = {}
-    model(pixels, values.setdefault)        # keeps what is at a place, and returns it
-    return values
-
+        return data.abs().amax(0)
+    # abs() would copy the data. Reducing one axis after the other is fast, as channels lie last in
+    # memory and the second step has little left to do
+    rows = data.permute(0, 2, 3, 1)
+    return torch.maximum(rows.amax(1), -rows.amin(1)).amax((0, 1))
 
 class CNN_Model(nn.Module):
-    """The notebook's network in FP32: pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat, dog."""
+    """The notebook's network in FP32: pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat, dog.
+
+    ranges: {activation: largest magnitude of each channel, (C,)}, filled by `update_range`.
+    """
 
     def __init__(self):
         super().__init__()
@@ -644,47 +626,35 @@ class CNN_Model(nn.Module):
         self.relu4 = nn.ReLU(inplace=True)
         self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = Linear(8 * 11 * 11, 512)
-        self.fc2 = Linear(512, 2)
-        for place, channels in zip(PLACES, (3, 16, 32, 16, 8, 512, 2)):
-            self.register_buffer(f"range_{place}", torch.empty(channels))
-        self.reset_ranges()
+        self.fc2 = Linear(512, len(CLASSES))
+        self.ranges = {}
 
-    def forward(self, x, at=unwatched):
-        """at(place, values) sees the values of each place, and returns what goes on from there."""
-        x = at("input", x.float())                                          # (N, 3, 224, 224)
-        x = self.maxpool1(at("cv1", self.relu1(self.bn1(self.cnn1(x)))))    # (N, 16, 110, 110)
-        x = self.maxpool2(at("cv2", self.relu2(self.bn2(self.cnn2(x)))))    # (N, 32, 53, 53)
-        x = self.maxpool3(at("cv3", self.relu3(self.bn3(self.cnn3(x)))))    # (N, 16, 25, 25)
-        x = self.maxpool4(at("cv4", self.relu4(self.bn4(self.cnn4(x)))))    # (N, 8, 11, 11)
-        x = at("fc1", self.fc1(x.flatten(1)))                               # (N, 512), no ReLU
-        return at("fc2", self.fc2(x))                                       # (N, 2)
-
-    def part(self, layer):
-        """The convolution or fully connected layer that a Layer names."""
-        return self.get_submodule(layer.name)
-
-    def range_at(self, place):
-        """Largest magnitude seen in each channel of a place, (C,)."""
-        return self.get_buffer(f"range_{place}")
+    def forward(self, x, observe=no_observer):
+        x = observe("input", x.float())                                         # (N, 3, 224, 224)
+        x = self.maxpool1(observe("cv1", self.relu1(self.bn1(self.cnn1(x)))))   # (N, 16, 110, 110)
+        x = self.maxpool2(observe("cv2", self.relu2(self.bn2(self.cnn2(x)))))   # (N, 32, 53, 53)
+        x = self.maxpool3(observe("cv3", self.relu3(self.bn3(self.cnn3(x)))))   # (N, 16, 25, 25)
+        x = self.maxpool4(observe("cv4", self.relu4(self.bn4(self.cnn4(x)))))   # (N, 8, 11, 11)
+        x = observe("fc1", self.fc1(x.flatten(1)))                              # (N, 512), no ReLU
+        return observe("fc2", self.fc2(x))                                      # (N, 2)
 
     def reset_ranges(self):
-        """Forget what the observers saw. Pixels reach 255, whatever those that calibrate reach."""
-        for place in PLACES:
-            self.range_at(place).fill_(255 if place == "input" else 0)
+        """Forget what was observed. The input's range is 255, however dark the pictures are."""
+        self.ranges = {"input": torch.tensor([255.0], device=self.fc1.weight.device)}
 
-    def update_range(self, place, data):
-        """The observer, as `at`: range = max(range, |data|). data: (N, C, h, w) or (N, C)."""
-        range_data = self.range_at(place)
-        torch.maximum(range_data, largest_magnitudes(data).amax(0), out=range_data)
+    def update_range(self, name, data):
+        """The observer: range = max(range, |data|)."""
+        found = largest_magnitudes(data)
+        self.ranges[name] = torch.maximum(self.ranges.get(name, found), found)
         return data
 
     @torch.no_grad()
     def fused(self):
-        """A copy whose convolutions have taken in their batch norms; same logits up to rounding."""
+        """A copy with its batch norms folded into the convolutions; same logits up to rounding."""
         model = copy.deepcopy(self)
         for layer in LAYERS:
             if layer.is_conv:
-                conv = model.part(layer)
+                conv = model.get_submodule(layer.name)
                 weight, bias = fusion_conv_bn(conv, model.get_submodule(layer.bn))
                 conv.weight.copy_(weight)
                 conv.bias.copy_(bias)
@@ -693,144 +663,153 @@ class CNN_Model(nn.Module):
 
     @torch.no_grad()
     def cl_scale(self, recipe):
-        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model that
-        the next section defines.
+        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model.
 
-        This model, which must come from `fused`, stays as it is. Raises InputError where a range
-        overflows FP32.
+        This model stays as it is; it must come from `fused` and have been calibrated. Raises
+        InputError for an illegal recipe, and where a range overflows FP32.
         """
         if isinstance(self.bn1, nn.BatchNorm2d):
-            raise ValueError("fold the batch norms first: model.fused().cl_scale(recipe)")
+            raise InputError("fold the batch norms first: model.fused()")
+        if set(self.ranges) != set(ACTIVATIONS):
+            raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
-        for place, integers in int8_model.integers.items():
-            range_data = self.range_at(place).amax()
-            if place in BEFORE_FC:
+        for name, integers in int8_model.integers.items():
+            range_data = self.ranges[name].amax()
+            if name in FC_INPUTS:       # where clipping hurts most
                 range_data = range_data * recipe["HEADROOM"]
             if not range_data.isfinite():
-                raise InputError(f"values at {place} overflow FP32: give a checkpoint with smaller "
-                                 "weights")
-            int8_model.scale_at(place).copy_(scale_of(integers.high, range_data))
+                raise InputError(f"activation {name} overflows FP32: give a checkpoint with "
+                                 "smaller weights")
+            int8_model.scale(name).copy_(scale_of(integers.high, range_data))
         for layer in LAYERS:
-            part, part8 = self.part(layer), int8_model.part(layer)
-            in_scale = int8_model.scale_at(layer.source)
-            bit = layer_bit(recipe, layer)
-            wq, bq, w_scale = weight_quant(part.weight, part.bias, in_scale, bit, recipe)
-            part8.weight.copy_(wq)
-            part8.bias.copy_(bq)
-            part8.w_scale.copy_(w_scale)
+            fp32, int8 = self.get_submodule(layer.name), int8_model.get_submodule(layer.name)
+            in_scale, bit = int8_model.scale(layer.input), layer_bit(recipe, layer)
+            wq, bq, w_scale = weight_quant(fp32.weight, fp32.bias, in_scale, bit, recipe)
+            int8.weight.copy_(wq)
+            int8.bias.copy_(bq)
+            int8.w_scale.copy_(w_scale)
         return int8_model
 
+def activations_of(model, pixels):
+    """{activation: its values} of one forward pass through an FP32 or an INT8 network."""
+    found = {}
+
+    def remember(name, data):
+        found[name] = data
+        return data
+    model(pixels, remember)
+    return found
 
 # %% [markdown]
 # ## The INT8 network
-# The same layers on integers. A layer multiplies and adds integers only; between two layers the
-# sums are brought to the next place's scale, by one FP32 multiplication and addition per output
-# channel. A layer can be run in two ways that give the same integers: by the definition, or by this
-# CPU's INT8 kernels.
+# The same layers on integers. A layer multiplies and adds integers; one FP32 multiplication and
+# addition per output channel then brings its sums to the scale of the next activation. There are
+# two engines: the *reference*, exact arithmetic that is written out here, and torch's INT8 kernels,
+# which are fast and give the same integers where they are right.
 
 # %%
-def place_integers(recipe):
-    """{place: IntRange}. Pixels and ReLU outputs are never negative: the sign's bit is free."""
+def activation_integers(recipe):
+    """{activation: IntRange}. Pixels and ReLU outputs are never negative and need no sign bit."""
     signed = int_range(recipe["BIT"])
     positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
-    return {place: signed if place in ("fc1", "fc2") else positive for place in PLACES}
-
+    fc_outputs = [layer.output for layer in LAYERS if not layer.is_conv]
+    return {name: signed if name in fc_outputs else positive for name in ACTIVATIONS}
 
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, height, width) -> FP32 logits (N, 2).
 
-    recipe: what `current_recipe` returns. Buffers: scale_<place> (FP32, one value); <layer>.weight
-    (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per output channel); blank
-    until `CNN_Model.cl_scale` or a checkpoint fills them in. engine: "reference" or "onednn".
+    recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
+    value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
+    output channel), which `CNN_Model.cl_scale` or a checkpoint fills in. After a change of any of
+    them call `prepare` again. Raises InputError for an illegal recipe.
     """
 
-    @torch.inference_mode(False)    # inference tensors lack the _version that `layers` looks at
     def __init__(self, recipe):
         super().__init__()
-        self.recipe, self.integers, self.engine = recipe, place_integers(recipe), "reference"
+        check_legal(recipe, LEGAL_RECIPE)
+        self.recipe = copy.deepcopy(recipe)
+        self.integers = activation_integers(recipe)
+        self.engine, self.run = None, None      # see `prepare`
         self.maxpool = MaxPool2d(kernel_size=2)
-        for place in PLACES:
-            self.register_buffer(f"scale_{place}", torch.tensor(1.0))
-        fp32 = CNN_Model()
+        for name in ACTIVATIONS:
+            self.register_buffer(f"scale_{name}", torch.tensor(1.0))
+        fp32_model = CNN_Model()
         for layer in LAYERS:
-            shape, part = fp32.part(layer).weight.shape, nn.Module()
-            part.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
-            part.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int32))
-            part.register_buffer("w_scale", torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1))
-            self.add_module(layer.name, part)
-        self.prepared, self.made_from, self.tensors = {}, None, []      # see `layers`
+            shape = fp32_model.get_submodule(layer.name).weight.shape
+            module = nn.Module()
+            module.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+            module.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int32))
+            module.register_buffer("w_scale", torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1))
+            self.add_module(layer.name, module)
 
-    def forward(self, x, at=unwatched):
-        """The FP32 network's forward on integers of the types that `place_integers` says."""
-        run = self.layers()
-        x = at("input", self.quantize_pixels(x))                    # (N, 3, 224, 224)
-        x = self.maxpool(at("cv1", run["cnn1"](x)))                 # (N, 16, 110, 110)
-        x = self.maxpool(at("cv2", run["cnn2"](x)))                 # (N, 32, 53, 53)
-        x = self.maxpool(at("cv3", run["cnn3"](x)))                 # (N, 16, 25, 25)
-        x = self.maxpool(at("cv4", run["cnn4"](x)))                 # (N, 8, 11, 11)
-        x = at("fc1", run["fc1"](x.flatten(1)))                     # (N, 512)
-        x = at("fc2", run["fc2"](x))                                # (N, 2), FP32 or integers
-        return x if self.is_fp32("fc2") else x / self.scale_fc2
+    def prepare(self, engine):
+        """Build what runs each layer, by engine "reference" or "onednn", and return the model."""
+        run = {}
+        for layer in LAYERS:
+            # fc2 has two outputs: setting up a kernel for them takes longer than the reference
+            kernel = engine == "onednn" and layer.output != LOGITS
+            run[layer.name] = self.int8_layer(layer, kernel)
+        self.engine, self.run = engine, run
+        return self
+
+    def __getstate__(self):
+        """Copies and pickles are prepared where they are used: another CPU has other kernels."""
+        return {**super().__getstate__(), "engine": None, "run": None}
+
+    def forward(self, x, observe=no_observer):
+        """`CNN_Model.forward` on integers. An engine not chosen yet is chosen here."""
+        width, height = self.recipe["IMAGE_SIZE"]
+        if x.dtype != torch.uint8 or x.shape[1:] != (3, height, width):
+            raise InputError(f"pixels are {x.dtype} {tuple(x.shape)}: give uint8 from 0 to 255 of "
+                             f"shape (n, 3, {height}, {width})")
+        if self.run is None:
+            choose_engine(self)
+        run = self.run
+        x = observe("input", self.quantize_pixels(x))                       # (N, 3, 224, 224)
+        x = self.maxpool(observe("cv1", run["cnn1"](x)))                    # (N, 16, 110, 110)
+        x = self.maxpool(observe("cv2", run["cnn2"](x)))                    # (N, 32, 53, 53)
+        x = self.maxpool(observe("cv3", run["cnn3"](x)))                    # (N, 16, 25, 25)
+        x = self.maxpool(observe("cv4", run["cnn4"](x)))                    # (N, 8, 11, 11)
+        x = observe("fc1", run["fc1"](x.flatten(1)))                        # (N, 512)
+        x = observe("fc2", run["fc2"](x))                                   # (N, 2)
+        return x if self.is_fp32(LOGITS) else x / self.scale(LOGITS)
 
     def quantize_pixels(self, x):
         """Pixels -> the integers of the input; at scale 1 they are these integers already."""
-        to = self.integers["input"]
-        if x.dtype == to.dtype and to.high == 255 and self.scale_input == 1:
+        integers = self.integers["input"]
+        if integers.high == 255 and self.scale_input == 1:
             return x
-        return quantize(x, self.scale_input, to)
+        return quantize(x, self.scale_input, integers)
 
-    def layers(self):
-        """{layer: what runs it}; made anew whenever a tensor, or the engine, has changed."""
-        tensors = list(self.buffers())
-        made_from = [self.engine, *[(id(x), x._version) for x in tensors]]
-        if made_from != self.made_from:
-            # fc2 has two columns: to set up a kernel for them takes longer than their definition
-            kernels = LAYERS[:-1] if self.engine == "onednn" else []
-            self.prepared = {}
-            for layer in LAYERS:
-                kind = KernelLayer if layer in kernels else ReferenceLayer
-                self.prepared[layer.name] = kind(self, layer)
-            self.made_from, self.tensors = made_from, tensors   # held: no new one takes an old id
-        return self.prepared
+    def scale(self, name):
+        """The scale of an activation's integers, FP32, one value."""
+        return self.get_buffer(f"scale_{name}")
 
-    def __getstate__(self):         # what is prepared cannot be copied
-        return {**vars(self), "prepared": {}, "made_from": None, "tensors": []}
-
-    def part(self, layer):
-        """The module that holds a Layer's weight, bias and w_scale."""
-        return self.get_submodule(layer.name)
-
-    def scale_at(self, place):
-        """The scale of a place's integers, FP32, one value."""
-        return self.get_buffer(f"scale_{place}")
-
-    def is_fp32(self, place):
-        """Whether values at this place stay FP32: the logits, unless they are quantized too."""
-        return place == "fc2" and not self.recipe["QUANTIZE_LOGITS"]
+    def is_fp32(self, name):
+        """Whether an activation stays FP32: the logits, unless they are quantized too."""
+        return name == LOGITS and not self.recipe["QUANTIZE_LOGITS"]
 
     def sum_scale(self, layer):
         """scale_in * scale_w, (out,) or (1,): the scale of a layer's sums and of its bias."""
-        return self.scale_at(layer.source) * self.part(layer).w_scale
+        return self.scale(layer.input) * self.get_submodule(layer.name).w_scale
 
     def multiplier(self, layer):
         """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where logits stay FP32."""
-        scale_out = 1 if self.is_fp32(layer.place) else self.scale_at(layer.place)
+        scale_out = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
         multiplier = scale_out / self.sum_scale(layer)
-        return multiplier.expand(self.part(layer).bias.shape).contiguous()
+        return multiplier.expand(self.get_submodule(layer.name).bias.shape).contiguous()
 
-    def largest_sum(self, layer):
-        """Bound on |sum + bias|, (out,): each input at its largest, each sign at its worst."""
-        weight, bias = self.part(layer).weight.long(), self.part(layer).bias.long()
-        return weight.abs().flatten(1).sum(1) * self.integers[layer.source].high + bias.abs()
+    def int8_layer(self, layer, kernel=False):
+        """The INT8Layer that computes a Layer."""
+        module = self.get_submodule(layer.name)
+        outputs = None if self.is_fp32(layer.output) else self.integers[layer.output]
+        return INT8Layer(module.weight, module.bias, self.multiplier(layer),
+                         self.integers[layer.input], outputs, kernel)
 
     @staticmethod
     def load(path):
-        """The INT8_Model of a run's INT8 checkpoint, ready to `predict`."""
-        int8_model = load_int8_checkpoint(path)
-        width, height = int8_model.recipe["IMAGE_SIZE"]
-        noise = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
-        choose_engine(int8_model, torch.from_numpy(noise).to(DEVICE))
-        return int8_model
+        """The INT8_Model of a run's INT8 checkpoint, a path or a file object; see `predict`."""
+        return load_int8_checkpoint(path)
 
     @torch.inference_mode()
     def predict(self, picture):
@@ -845,160 +824,158 @@ class INT8_Model(nn.Module):
             except InputError as error:
                 name = each if isinstance(each, (str, Path)) else f"picture {len(pixels)}"
                 raise InputError(f"{name} {error}") from None
-        logits = self(to_tensor(pixels).to(DEVICE)).cpu() if pixels else []
-        answers = [(CLASSES[row.argmax()], row.tolist()) for row in logits]
+        if not pixels:
+            return []
+        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.scale_input.device)
+        answers = [(CLASSES[row.argmax()], row.tolist()) for row in self(batch).cpu()]
         return answers if isinstance(picture, list) else answers[0]
 
+# %% [markdown]
+# One layer of it, by either engine.
 
-class ReferenceLayer:
-    """One layer by the definition: float arithmetic on integers, exact, on any device.
+# %%
+class INT8Layer:
+    """One layer on integers: clip(round(sums * M + offset)), or FP32 logits sums * M + offset.
 
-    Here floats hold integers: FP32 holds every integer up to 2^24, FP64 up to 2^53. A GPU may
-    compute a convolution by way of a transform that rounds (Winograd, FFT); there FP64 and a last
-    rounding give the integer.
+    weight: int8 (out, ...); bias: int32 (out,); multiplier: M, FP32 (out,); inputs, outputs:
+    IntRange, or None for FP32 outputs; kernel: compute with torch's kernel, not the reference.
+
+    The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
+    FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT);
+    there FP64 and a last rounding give the integer.
+
+    A kernel is given M as the scale of the weights, 1 as the scales of input and output, and 0 as
+    all zero points. Its own rescaling is then that of `requantize`, bit for bit.
     """
 
-    def __init__(self, model, layer):
-        part, multiplier = model.part(layer), model.multiplier(layer)
-        largest = model.largest_sum(layer).max()
-        self.in_fp32 = part.weight.device.type == "cpu" and largest < 2**24
-        self.weight = part.weight.to(torch.float32 if self.in_fp32 else torch.float64)
-        self.multiplier = spread(multiplier, part.weight.dim() - 2)
-        self.offset = spread(part.bias * multiplier, part.weight.dim() - 2)
-        self.to = None if model.is_fp32(layer.place) else model.integers[layer.place]
+    def __init__(self, weight, bias, multiplier, inputs, outputs, kernel):
+        self.is_conv = weight.dim() == 4
+        self.multiplier, self.offset, self.outputs = multiplier, bias * multiplier, outputs
+        # bound on |sum + bias|, (out,): each input at its largest, each sign at its worst
+        products = weight.long().abs().flatten(1).sum(1) * inputs.high
+        self.largest_sum = products + bias.long().abs()
+        self.fits_fp32 = weight.device.type == "cpu" and bool(self.largest_sum.max() < 2**24)
+        self.weight = weight.to(torch.float32 if self.fits_fp32 else torch.float64)
+        self.zero_points = torch.zeros_like(bias)
+        self.packed = self.pack(weight) if kernel else None
+
+    def __call__(self, x):
+        return self.rescale(self.sums(x)) if self.packed is None else self.kernel(x)
 
     def sums(self, x):
-        """Integers (N, C, height, width) or (N, C) -> their sums of products in FP32."""
-        operation = F.conv2d if self.weight.dim() == 4 else F.linear
+        """The reference's sums of products in FP32. x: integers (N, C, h, w) or (N, C)."""
+        operation = F.conv2d if self.is_conv else F.linear
         sums = operation(x.to(self.weight.dtype), self.weight)
-        return sums if self.in_fp32 else sums.round().float()
+        return sums if self.fits_fp32 else sums.round().float()
 
     def rescale(self, sums):
-        """Sums -> integers of the layer's place, or FP32 logits."""
-        if self.to is None:
-            return sums * self.multiplier + self.offset
-        return requantize(sums, self.multiplier, self.offset, self.to)
+        """The reference's outputs of these sums."""
+        multiplier = broadcast(self.multiplier, sums.dim() - 2)
+        offset = broadcast(self.offset, sums.dim() - 2)
+        if self.outputs is None:
+            return sums * multiplier + offset
+        return requantize(sums, multiplier, offset, self.outputs)
 
-    def __call__(self, x):
-        return self.rescale(self.sums(x))
+    def pack(self, weight):
+        """The weight in the form that the kernel takes."""
+        if not self.is_conv:
+            return torch.ops.onednn.qlinear_prepack(weight, None)
+        scale, zero_point, stride, padding, dilation, groups = 1.0, 0, [1, 1], [0, 0], [1, 1], 1
+        return torch.ops.onednn.qconv_prepack(
+            weight, self.multiplier, scale, zero_point, stride, padding, dilation, groups)
 
-
-def pack(weight, multiplier):
-    """int8 weight (out, ...) and FP32 multiplier (out,) -> the form that torch's kernels take."""
-    if weight.dim() == 4:
-        return torch.ops.onednn.qconv_prepack(weight, multiplier, 1.0, 0, [1, 1], [0, 0], [1, 1], 1)
-    return torch.ops.onednn.qlinear_prepack(weight, None)
-
-
-def kernel(x, packed, multiplier, zero, offset, dtype, relu):
-    """One layer in one kernel: int32 sums * M + offset, ReLU, rounded and saturated to `dtype`.
-
-    Input and output scale are given as 1, zero points as 0 and the weight's scale as M, so that the
-    kernel's own rescaling is that of `requantize`, bit for bit. zero: int32 zeros (out,).
-    """
-    if x.dim() == 4:
-        return torch.ops.onednn.qconv2d_pointwise.default(
-            x, 1.0, 0, packed, multiplier, zero, offset, [1, 1], [0, 0], [1, 1], 1, 1.0, 0, dtype,
-            relu, [], "")
-    return torch.ops.onednn.qlinear_pointwise.default(
-        x, 1.0, 0, packed, multiplier, zero, offset, 1.0, 0, dtype, relu, [], "")
-
-
-class KernelLayer:
-    """One layer in one INT8 kernel of torch's. It saturates at 8 bits; fewer are clipped here."""
-
-    def __init__(self, model, layer):
-        part, self.multiplier = model.part(layer), model.multiplier(layer)
-        self.packed = pack(part.weight, self.multiplier)
-        self.zero = torch.zeros_like(part.bias)
-        self.offset = part.bias * self.multiplier
-        self.to = model.integers[layer.place]
-        self.relu = "relu" if layer.is_conv else "none"
-        self.dtype = torch.uint8 if layer.is_conv else torch.int8
-
-    def __call__(self, x):
-        if self.relu == "relu":     # convolutions take uint8 alone; no int8 here is negative
-            x = x.view(torch.uint8)
-        x = kernel(x, self.packed, self.multiplier, self.zero, self.offset, self.dtype, self.relu)
-        if self.to.high == 255:             # the kernel's own limit
-            return x
-        return x.clip_(self.to.low, self.to.high).view(self.to.dtype)       # its int8 reaches -128
-
+    def kernel(self, x):
+        """The kernel's outputs. It saturates at 8 bits; where fewer are meant they are clipped."""
+        scale, zero_point, outputs = 1.0, 0, self.outputs
+        weight = self.packed, self.multiplier, self.zero_points, self.offset
+        relu = "none" if outputs is None or outputs.low < 0 else "relu"
+        if self.is_conv:
+            # its inputs are uint8: ours are never negative, and their bits in int8 are the same
+            stride, padding, dilation, groups = [1, 1], [0, 0], [1, 1], 1
+            dtype = torch.float32 if outputs is None else torch.uint8
+            y = torch.ops.onednn.qconv2d_pointwise.default(
+                x.view(torch.uint8), scale, zero_point, *weight, stride, padding, dilation, groups,
+                scale, zero_point, dtype, relu, [], "")
+        else:
+            dtype = torch.float32 if outputs is None else torch.int8
+            y = torch.ops.onednn.qlinear_pointwise.default(
+                x, scale, zero_point, *weight, scale, zero_point, dtype, relu, [], "")
+        if outputs is None or outputs.high == 255:      # at which the kernel saturates
+            return y
+        return y.clip_(outputs.low, outputs.high).view(outputs.dtype)       # its int8 reaches -128
 
 # %% [markdown]
 # ## Closer to FP32
-# Rounding each weight to its nearest integer is not the best that integers can do. Besides
-# HEADROOM, which `cl_scale` applies because other pictures exceed the largest value of those that
-# calibrate, three methods find better weights, biases and scales for the same INT8 arithmetic.
-# None needs a label.
+# Rounding each weight to the nearest integer is not the best that integers can do. Four methods
+# come closer with the same INT8 arithmetic, and none needs a label: HEADROOM (in `cl_scale`), which
+# leaves room for pictures that exceed the ranges seen in calibration, cross-layer equalization,
+# GPTQ and bias correction.
 
 # %%
-LARGEST_FACTOR = 4      # cap of `equalize`: a channel that was silent in calibration may wake
-DAMPING = 0.01          # of `gptq`, the share of the mean diagonal that Frantar et al. take
-GPTQ_STRIDE = 6         # every sixth row and column of a map is enough: neighbours are much alike
-SAMPLE = 20             # calibration pictures that `refine` sees, evaluation pictures of the proofs
-CHUNK = 5               # of them at a time, so that their FP32 maps stay in the cache
-
+LARGEST_FACTOR = 4      # equalization's limit: a channel that was silent in calibration may wake up
+DAMPING = 0.01          # GPTQ's, as a share of the Hessian's mean diagonal, as in the paper
+GPTQ_STRIDE = 6         # GPTQ needs only every sixth row and column: neighbours are much alike
+SAMPLE = 20             # pictures for GPTQ and bias correction, and for the checks of the run
+CHUNK = 5               # of them at a time, so that their FP32 activations stay in the cache
 
 @torch.no_grad()
 def equalize(folded):
-    """A copy of a folded network with weak channels scaled up, and {place: factors (C,)}.
+    """A copy of a folded network with weak channels scaled up, and {activation: factors (C,)}.
 
-    Its logits are the same. All channels of a place share one scale, set by the strongest, so weak
-    ones use few of the integers. ReLU and pooling let a positive factor s through: times s in the
-    layer that writes a channel, divided by s in the one that reads it. s = sqrt(largest range / the
-    channel's range) goes half of the way, which leaves weak channels room for values that
-    calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
+    All channels of an activation share one scale, set by the strongest, so weak ones use few of the
+    integers. ReLU and pooling commute with a positive factor s: multiply by s in the layer that
+    writes the channel and divide by s in the layer that reads it, and the logits stay the same.
+    s = sqrt(largest range / the channel's range) goes half of the way, which leaves weak channels
+    room for values that calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
     """
     model, found = copy.deepcopy(folded), {}
-    for layer, reader in zip(LAYERS, LAYERS[1:]):
-        writer, read_weight = model.part(layer), model.part(reader).weight
-        ranges = model.range_at(layer.place)
+    for writer, reader in zip(LAYERS, LAYERS[1:]):
+        written = model.get_submodule(writer.name)
+        read_weight = model.get_submodule(reader.name).weight
+        ranges = model.ranges[writer.output]
         largest = ranges.amax().clamp(min=SMALLEST)
-        weakest = largest / LARGEST_FACTOR**2       # a range below it counts as this
+        weakest = largest / LARGEST_FACTOR**2       # smaller ranges count as this
         factors = (largest / torch.maximum(ranges, weakest)).sqrt()
-        writer.weight *= spread(factors, writer.weight.dim() - 1)
-        writer.bias *= factors
-        ranges *= factors
-        by_channel = read_weight.unflatten(1, (len(factors), -1))       # of fc1: 11 x 11 a channel
-        by_channel.div_(spread(factors, by_channel.dim() - 2))          # a view of read_weight
-        found[layer.place] = factors
+        written.weight *= broadcast(factors, written.weight.dim() - 1)
+        written.bias *= factors
+        model.ranges[writer.output] = ranges * factors
+        # fc1 reads 11 x 11 values per channel of cv4
+        by_channel = read_weight.unflatten(1, (len(factors), -1))
+        by_channel.div_(broadcast(factors, by_channel.dim() - 2))           # a view of read_weight
+        found[writer.output] = factors
     return model, found
 
+def gptq(weight, w_scale, hessian, integers):
+    """Round FP64 weights (out, K) input by input; the inputs to come make up for each error.
 
-def gptq(weight, w_scale, moments, to):
-    """Round FP32 weights (out, K) input by input, each error made up for by the inputs to come.
-
-    moments (K, K): how inputs go together, X X' over the patches X (K, positions) of calibration
-    pictures, the paper's H but for a factor. Two pixels that are nearly always alike can share an
-    error: one weight rounded up, the next down. w_scale: (out,). Returns integers (out, K) of the
-    type `to` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    hessian (K, K): X X' of the calibration pictures' patches X (K, positions), which is the paper's
+    Hessian up to a factor. Two pixels that are nearly always alike can share an error: one weight
+    is rounded up, the next one down. w_scale: (out,). Returns integers (out, K) of the IntRange
+    `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
     """
-    # inputs that are always 0, or always alike, would make the matrix singular
-    damping = DAMPING * moments.diagonal().mean() + SMALLEST
-    inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), device=moments.device))
-    # row k holds how much of weight k's error each later one takes over, once those before k are
-    # fixed: eliminating inputs one by one is what a Cholesky factorization of the inverse does
+    # inputs that are always 0, or always alike, would make the Hessian singular
+    damping = DAMPING * hessian.diagonal().mean() + SMALLEST
+    inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian), device=hessian.device))
+    # row k says how much of weight k's error each later weight takes over, once those before k are
+    # fixed: eliminating one input after another is a Cholesky factorization of the inverse
     upper = torch.linalg.cholesky(inverse, upper=True)
-    weight = weight.t().clone(memory_format=torch.contiguous_format)            # (K, out)
-    rounded = torch.zeros_like(weight, dtype=to.dtype)
+    weight = weight.t().clone(memory_format=torch.contiguous_format)        # (K, out)
+    rounded = torch.zeros_like(weight, dtype=integers.dtype)
     for k in range(len(weight)):
-        rounded[k] = quantize(weight[k], w_scale, to)
+        rounded[k] = quantize(weight[k], w_scale, integers)
         error = (weight[k] - rounded[k] / w_scale) / upper[k, k]
         weight[k:].addr_(upper[k, k:], error, alpha=-1)
     return rounded.t()
 
-
-def refined_weight(conv, w_scale, inputs, to):
-    """A convolution's weight rounded by `gptq` on its integer inputs, chunks of (n, C, h, w)."""
-    moments = 0
+def gptq_conv(conv, w_scale, inputs, integers):
+    """A convolution's weight rounded by `gptq`. inputs: its integers, chunks of (n, C, h, w)."""
+    hessian = 0
     for x in inputs:
         patches = F.unfold(x.float(), conv.kernel_size, stride=GPTQ_STRIDE)     # (n, K, positions)
-        moments = moments + torch.einsum("nkp,njp->kj", patches, patches)
+        hessian = hessian + torch.einsum("nkp,njp->kj", patches, patches)
     weight, w_scale = conv.weight.flatten(1), w_scale.expand(len(conv.weight))
-    rounded = gptq(weight.double(), w_scale.double(), moments.double(), to)
+    rounded = gptq(weight.double(), w_scale.double(), hessian.double(), integers)
     return rounded.reshape(conv.weight.shape)
-
 
 def mean_error(expected, sums, bias, sum_scale):
     """FP32 minus INT8 output of a layer, mean over pictures and positions, in FP32 units, (out,).
@@ -1008,131 +985,140 @@ def mean_error(expected, sums, bias, sum_scale):
     """
     errors = []
     for y, total in zip(expected, sums):
-        found = total + spread(bias.float(), total.dim() - 2)
-        if total.dim() == 4:        # a convolution's
+        found = total + broadcast(bias.float(), total.dim() - 2)
+        if total.dim() == 4:        # a convolution
             y, found = y.flatten(2).mean(2), F.relu_(found).flatten(2).mean(2)
         errors.append(y - found / sum_scale)
     return torch.cat(errors).mean(0)
 
-
 def refine_layer(int8_model, fp32_model, layer, inputs, expected):
-    """`refine` for one layer; returns what the next layer reads, chunks of integers.
+    """`refine` for one layer; returns the next layer's inputs, chunks of integers.
 
     inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
     """
-    recipe, part, part8 = int8_model.recipe, fp32_model.part(layer), int8_model.part(layer)
-    if recipe["GPTQ"] and layer.is_conv:    # FC: one position a picture, too few for its inputs
-        to = int_range(layer_bit(recipe, layer))
-        part8.weight.copy_(refined_weight(part, part8.w_scale, inputs, to))
-    rounded = ReferenceLayer(int8_model, layer)
+    recipe, int8 = int8_model.recipe, int8_model.get_submodule(layer.name)
+    if recipe["GPTQ"] and layer.is_conv:    # an FC layer has one position per picture: too few
+        integers = int_range(layer_bit(recipe, layer))
+        conv = fp32_model.get_submodule(layer.name)
+        int8.weight.copy_(gptq_conv(conv, int8.w_scale, inputs, integers))
+    rounded = int8_model.int8_layer(layer)
     sums = [rounded.sums(x) for x in inputs]
     if recipe["BIAS_CORRECTION"]:
-        sum_scale = int8_model.sum_scale(layer).expand(len(part8.bias))
-        error = mean_error(expected, sums, part8.bias, sum_scale)
+        sum_scale = int8_model.sum_scale(layer).expand(len(int8.bias))
+        error = mean_error(expected, sums, int8.bias, sum_scale)
         error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
-        moves = torch.round(error * sum_scale)
-        part8.bias.copy_(clip_bias(part8.bias + moves.double(), recipe))
-    refined = ReferenceLayer(int8_model, layer)
+        change = torch.round(error * sum_scale)
+        int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
+    refined = int8_model.int8_layer(layer)
     outputs = [refined.rescale(x) for x in sums]
     if layer.is_conv:
         outputs = [int8_model.maxpool(x) for x in outputs]
-    if layer.place == "cv4":
+    if layer.output == FC_INPUTS[0]:
         outputs = [x.flatten(1) for x in outputs]
     return outputs
 
-
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
-    """Layer by layer, in place, round weights by GPTQ and correct biases on calibration pictures.
+    """Round weights by GPTQ and correct biases in place, layer by layer, on calibration pictures.
 
-    fp32_model: the folded network that int8_model was made from; pixels: uint8 (n, 3, h, w). A
-    layer's input is what the INT8 layers before it, refined already, make of the pictures. Its bias
-    moves by the mean error of its output (Nagel et al. 2019, section 4.2).
+    fp32_model: the folded network that int8_model was quantized from; pixels: uint8 (n, 3, h, w).
+    A layer's inputs are those that the refined INT8 layers before it give. Its bias moves by the
+    mean error of its output (Nagel et al. 2019, section 4.2).
     """
     chunks = pixels.split(CHUNK)
-    fp32_values = [values_at(fp32_model, chunk) for chunk in chunks]
+    fp32 = [activations_of(fp32_model, chunk) for chunk in chunks]
     inputs = [int8_model.quantize_pixels(chunk) for chunk in chunks]
     for layer in LAYERS:
-        expected = [values[layer.place] for values in fp32_values]
+        expected = [activations[layer.output] for activations in fp32]
         inputs = refine_layer(int8_model, fp32_model, layer, inputs, expected)
+    int8_model.run = None       # what was prepared is out of date
 
+def quantize_network(folded, pixels, recipe):
+    """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
+
+    The first is `folded`, or an equalized copy. pixels: calibration pictures, uint8 (n, 3, h, w).
+    """
+    fp32_model = equalize(folded)[0] if recipe["EQUALIZE"] else folded
+    int8_model = fp32_model.cl_scale(recipe)
+    if recipe["GPTQ"] or recipe["BIAS_CORRECTION"]:
+        refine(int8_model, fp32_model, pixels)
+    return fp32_model, int8_model
 
 # %% [markdown]
 # ## Checkpoints
-# Nothing that a checkpoint brings is executed: torch's safe loader builds tensors and plain values,
-# and, for the notebook's own format, objects of the classes listed here, from which only tensors
-# are read.
+# Nothing in a checkpoint is executed: torch's safe loader builds tensors and plain values. In the
+# notebook's own format, a pickled module, an inert class stands for each class that the file names.
 
 # %%
-LARGEST_CHECKPOINT = 2**28      # bytes, packed or not: a hundred times what this network needs
-ALLOWED_CLASSES = [CNN_Model, Conv2d, Linear, MaxPool2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU,
-                   nn.MaxPool2d, nn.Linear, nn.Softmax]
-# as they are called in a file that the notebook, the main program there, saved
-ALLOWED_CLASSES += [(kind, f"__main__.{kind.__name__}") for kind in ALLOWED_CLASSES[:4]]
+LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
 
+class Placeholder:
+    """An object of any of PICKLED_CLASSES: it keeps attributes, its arguments do nothing."""
 
-def rezipped(content, compression):
-    """A zip archive, which a checkpoint is, written anew as a file in memory.
+    def __init__(self, *arguments):
+        pass
 
-    zipfile holds what it reads against the checksums. torch.load would take a flipped bit for a
-    weight.
-    """
-    fresh = io.BytesIO()
-    with zipfile.ZipFile(content) as old, zipfile.ZipFile(fresh, "w", compression) as new:
-        names = old.namelist()
-        if len(set(names)) < len(names):
-            raise ValueError("two parts of one name")
-        if sum(part.file_size for part in old.infolist()) > LARGEST_CHECKPOINT:
-            raise ValueError("too large when unpacked")
-        for name in names:
-            new.writestr(zipfile.ZipInfo(name), old.read(name), compression)    # without the time
-    fresh.seek(0)
-    return fresh
-
+PICKLED_CLASSES = [f"{module}.{name}" for module in ("__main__", "quantize_catdog")
+                   for name in ("CNN_Model", "Conv2d", "Linear", "MaxPool2d")]
+PICKLED_CLASSES += [f"torch.nn.modules.{name}" for name in (
+    "conv.Conv2d", "batchnorm.BatchNorm2d", "activation.ReLU", "activation.Softmax",
+    "pooling.MaxPool2d", "linear.Linear")]
 
 def tensors_of(module):
-    """{name: tensor} of a loaded module, from its attributes, without calling its methods."""
-    parts = vars(module)
-    tensors = {**parts.get("_parameters", {}), **parts.get("_buffers", {})}
-    for name, part in parts.get("_modules", {}).items():
-        tensors.update({f"{name}.{key}": tensor for key, tensor in tensors_of(part).items()})
+    """{name: tensor} of a Placeholder that stands for a module."""
+    attributes = vars(module)
+    tensors = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
+    for name, child in attributes.get("_modules", {}).items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in tensors_of(child).items()}
     return tensors
 
-
-def read_checkpoint(path):
-    """({name: tensor}, the recipe or None) of a checkpoint."""
-    if not os.path.isfile(path):
-        raise InputError(f"no checkpoint {path}: put the file there or set CHECKPOINT")
+def read_checkpoint(file):
+    """({name: tensor}, recipe or None) of a checkpoint, a path or a file object; else InputError."""
+    if isinstance(file, (str, Path)) and not os.path.isfile(file):
+        raise InputError(f"no checkpoint {file}: put the file there or set CHECKPOINT")
     try:
-        if os.path.getsize(path) > LARGEST_CHECKPOINT:
-            raise ValueError("too large")
-        content = rezipped(path, zipfile.ZIP_STORED)
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if len(set(names)) < len(names):
+                raise ValueError("two parts of one name")
+            if sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
+                raise ValueError("too large when unpacked")
+            if archive.testzip():           # torch.load would take a flipped bit for a weight
+                raise ValueError("a wrong checksum")
+            stored = rezip(archive, zipfile.ZIP_STORED)         # torch.load reads no compressed one
+        inert = [(Placeholder, name) for name in PICKLED_CLASSES]
         quietly = warnings.catch_warnings(action="ignore")
-        with quietly, torch.serialization.safe_globals(ALLOWED_CLASSES):
-            saved = torch.load(content, map_location="cpu", weights_only=True)
+        with quietly, torch.serialization.safe_globals(inert):
+            saved = torch.load(stored, map_location="cpu", weights_only=True)
         model = saved["model"]
-        tensors = tensors_of(model) if isinstance(model, CNN_Model) else dict(model)
+        tensors = tensors_of(model) if isinstance(model, Placeholder) else dict(model)
         return tensors, saved.get("recipe")
     except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
         reason = f"is damaged, or no checkpoint of torch 1.6 or newer ({type(error).__name__})"
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
         if unsafe:
             reason = f"holds {unsafe[1]}, which this network does not need; it was not loaded"
-        advice = "give a file with {'model': state_dict}"
-        raise InputError(f"checkpoint {path} {reason}: {advice}") from None
+        raise InputError(f"checkpoint {file} {reason}: give a file with {{'model': state_dict}}"
+                         ) from None
 
+def rezip(archive, compression):
+    """A file object with the same parts, without their times: equal parts make equal bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as copied:
+        for name in archive.namelist():
+            copied.writestr(zipfile.ZipInfo(name), archive.read(name), compression)
+    file.seek(0)
+    return file
 
 def problem_of(name, found, needed):
     """What is wrong with a checkpoint's tensor, in words; None when it can stand for `needed`."""
     if not isinstance(found, torch.Tensor):
         return "is missing"
-    if found.layout != torch.strided or found.is_meta or found.is_quantized:
-        return f"is no dense tensor ({found.dtype})"
+    dense = found.layout == torch.strided and not found.is_meta and not found.is_quantized
     both_real = found.is_floating_point() and needed.is_floating_point()
-    if found.dtype != needed.dtype and not both_real:
-        return f"is {found.dtype}, not {needed.dtype}"
-    if found.shape != needed.shape:
-        return f"has shape {tuple(found.shape)}, not {tuple(needed.shape)}"
+    if not dense or found.shape != needed.shape or found.dtype != needed.dtype and not both_real:
+        return (f"is {found.layout} {found.dtype} {tuple(found.shape)}, not {needed.dtype} "
+                f"{tuple(needed.shape)}")
     if not found.float().isfinite().all():
         return "has a NaN or an infinity in it, as FP32"
     if name.endswith("running_var") and (found < 0).any():
@@ -1141,66 +1127,60 @@ def problem_of(name, found, needed):
         return "has a scale in it that is not positive"
     return None
 
-
-def fill(model, tensors, path):
-    """Load what a model needs of a checkpoint's tensors, and return it on DEVICE, ready to run."""
+def fill(model, tensors, file):
+    """Load the tensors that a model needs, and return it on DEVICE, ready to run; or InputError."""
     needed = {name: value for name, value in model.state_dict().items()
-              if not name.startswith("range_") and not name.endswith("num_batches_tracked")}
+              if not name.endswith("num_batches_tracked")}
     for name, value in needed.items():
-        problem = problem_of(name, tensors.get(name), value)
-        if problem:
-            raise InputError(f"checkpoint {path}: {name} {problem}; give one of this network")
+        if problem := problem_of(name, tensors.get(name), value):
+            raise InputError(f"checkpoint {file}: {name} {problem}; give one of this network")
     model.load_state_dict({name: tensors[name] for name in needed}, strict=False)
     return model.to(DEVICE).eval().to(memory_format=torch.channels_last)
 
-
-def load_checkpoint(path):
-    """The CNN_Model of {"model": state_dict or CNN_Model}."""
-    tensors, recipe = read_checkpoint(path)
+def load_checkpoint(file):
+    """The CNN_Model of {"model": state_dict or CNN_Model}, a path or a file object; or InputError."""
+    tensors, recipe = read_checkpoint(file)
     if recipe is not None:
-        raise InputError(f"checkpoint {path} is the INT8 network of a run: set CHECKPOINT to FP32 "
+        raise InputError(f"checkpoint {file} is the INT8 network of a run: set CHECKPOINT to FP32 "
                          "weights, or use INT8_Model.load in Python")
-    return fill(CNN_Model(), tensors, path)
-
+    return fill(CNN_Model(), tensors, file)
 
 def int8_checkpoint(int8_model):
     """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in int8_model.state_dict().items()}
     file = io.BytesIO()
     torch.save({"recipe": int8_model.recipe, "model": tensors}, file)
-    return rezipped(file, zipfile.ZIP_DEFLATED).getvalue()
+    with zipfile.ZipFile(file) as archive:
+        return rezip(archive, zipfile.ZIP_DEFLATED).getvalue()
 
-
-@torch.inference_mode(False)        # as `INT8_Model` needs it
-def load_int8_checkpoint(path):
-    """The INT8_Model of a run's INT8 checkpoint, engine not chosen yet."""
-    tensors, recipe = read_checkpoint(path)
+def load_int8_checkpoint(file):
+    """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
+    tensors, recipe = read_checkpoint(file)
     if not isinstance(recipe, dict):
-        raise InputError(f"checkpoint {path} holds FP32 weights, or no recipe: give the "
+        raise InputError(f"checkpoint {file} holds FP32 weights, or no recipe: give the "
                          "INT8_checkpoint.pth.tar of a run")
-    # constants that earlier recipes did not have yet
-    recipe = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224), "LAYER_BITS": {}} | recipe
-    for name, legal in RECIPE.items():
-        if name not in recipe or not legal.allows(recipe[name]):
-            raise InputError(f"checkpoint {path}: {name} in its recipe is not {legal.words}")
-    recipe = {name: recipe[name] for name in RECIPE}
-    int8_model = fill(INT8_Model(recipe), tensors, path)
+    added_later = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224), "LAYER_BITS": {}}
+    recipe = {name: recipe.get(name, added_later.get(name)) for name in LEGAL_RECIPE}
+    try:
+        int8_model = fill(INT8_Model(recipe), tensors, file)
+    except InputError as error:
+        raise InputError(f"checkpoint {file}: {error}") from None
     for layer in LAYERS:
-        for kind, bit in (("weight", layer_bit(recipe, layer)), ("bias", recipe["BIAS_BIT"])):
+        module = int8_model.get_submodule(layer.name)
+        for name, bit in (("weight", layer_bit(recipe, layer)), ("bias", recipe["BIAS_BIT"])):
             limit = 2**(bit - 1) - 1
-            if (int8_model.part(layer).get_buffer(kind).long().abs() > limit).any():
-                raise InputError(f"checkpoint {path}: {layer.name}.{kind} has an integer in it "
+            if (module.get_buffer(name).long().abs() > limit).any():
+                raise InputError(f"checkpoint {file}: {layer.name}.{name} has an integer in it "
                                  f"beyond {limit}; quantize again")
-        if not (int8_model.largest_sum(layer) * int8_model.multiplier(layer)).isfinite().all():
-            raise InputError(f"checkpoint {path}: scales around {layer.name} overflow FP32; "
+        if not (int8_model.int8_layer(layer).largest_sum * int8_model.multiplier(layer)).isfinite().all():
+            raise InputError(f"checkpoint {file}: scales around {layer.name} overflow FP32; "
                              "quantize again")
     return int8_model
 
-
 def write_files(folder, contents):
-    """Write {name: bytes}, each file whole or not at all.
+    """Write {name: bytes}, each file whole or not at all; raises InputError where it cannot.
 
-    The last is absent meanwhile, so that no report stands beside the network of another run.
+    The last one is absent meanwhile, so that no report stands beside the network of another run.
     """
     temporary = {folder / name: folder / f"{name}.{os.getpid()}.tmp" for name in contents}
     try:
@@ -1214,9 +1194,7 @@ def write_files(folder, contents):
         raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
     finally:
         for path in temporary.values():
-            if os.path.exists(path):
-                path.unlink()
-
+            path.unlink(missing_ok=True)
 
 def make_writable(folder):
     """Make the folder, and try now, not after the run, whether it can be written to."""
@@ -1224,129 +1202,127 @@ def make_writable(folder):
     write_files(folder, {probe: bytes(2**23)})          # more than a run writes
     (folder / probe).unlink()
 
-
 # %% [markdown]
 # ## The passes
-# Calibration and evaluation are the same walk over the pictures; in calibration the observers look
-# at the places.
+# Calibration and evaluation are the same pass over the pictures; calibration observes the ranges.
 
 # %%
-TIMED_ROUNDS = 15       # of which the median counts
+TIMED_ROUNDS = 15       # the median counts
+ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
 
-
-class Outcome(NamedTuple):
-    files: list             # n file names
+class Predictions(NamedTuple):
+    """What a network answered for n pictures."""
+    pictures: CatDogDataset
+    files: list             # n names
     labels: torch.Tensor    # int64 (n,)
-    logits: torch.Tensor    # FP32 (n, 2)
+    logits: torch.Tensor    # FP32 (n, classes)
     top1: float             # percent of the pictures whose class is their label
 
     @property
     def classes(self):
-        """0 or 1, (n,); where the logits are equal, 0, cat."""
+        """Index of the largest logit, (n,); the first where two are equal."""
         return self.logits.argmax(1)
 
-
 @torch.inference_mode()
-def evaluate(name, model, pictures, at=unwatched):
-    """Run a model over the pictures and return the Outcome. at: see `CNN_Model.forward`."""
+def evaluate(name, model, pictures, observe=no_observer):
+    """Run a model over a CatDogDataset and return its Predictions."""
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
-    files, labels, logits = [], [], []
+    labels, logits = [], []
     start = reported = time.perf_counter()
-    for pixels, batch_labels, batch_files in pictures.batches():
-        answers = model(pixels.to(DEVICE), at).cpu()
+    for pixels, batch_labels in DataLoader(pictures, BATCH_SIZE, collate_fn=pictures.collate_fn):
+        if len(pixels) == 0:        # none of the batch could be decoded
+            continue
+        answers = model(pixels.to(DEVICE), observe).cpu()
         meter.add(answers, batch_labels)
-        files += batch_files
-        labels += batch_labels.tolist()         # small tensors kept would lie between big buffers
+        labels += batch_labels.tolist()     # tensors kept here would fragment the memory
         logits += answers.tolist()
         now = time.perf_counter()
         if now - reported >= 10:
-            left = (now - start) / len(files) * (len(pictures) - len(files))
-            print(f"{name} Top1: {meter.value()[0]:.3f}, {len(files)} of {len(pictures)} pictures, "
+            left = (now - start) / len(labels) * (len(pictures) - len(labels))
+            print(f"{name} Top1: {meter.value()[0]:.3f}, {len(labels)} of {len(pictures)} pictures, "
                   f"{left:.0f} seconds left")
             reported = now
-    outcome = Outcome(files, torch.tensor(labels), torch.tensor(logits), float(meter.value()[0]))
-    print(f"{name} Top1: {outcome.top1:.3f}, {len(files)} of {len(pictures)} pictures of "
-          f"{short(pictures.folder)}")
-    return outcome
-
+    files = [file for file, _ in pictures.usable()]
+    top1 = float(meter.value()[0])
+    print(f"{name} Top1: {top1:.3f}, {len(files)} of {len(pictures)} pictures of "
+          f"{display_path(pictures.folder)}")
+    return Predictions(pictures, files, torch.tensor(labels), torch.tensor(logits), top1)
 
 def calibrate(folded, pictures):
-    """The FP32 pass that sets the ranges of a folded network. Returns the Outcome."""
+    """The FP32 pass that observes the ranges of a folded network. Returns its Predictions."""
     folded.reset_ranges()
     return evaluate("FP32", folded, pictures, folded.update_range)
 
-
-def quantize_network(folded, pixels, recipe):
-    """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
-
-    The first is `folded`, or with EQUALIZE an equalized copy. pixels: of calibration, (n, 3, h, w).
-    """
-    fp32_model = equalize(folded)[0] if recipe["EQUALIZE"] else folded
-    int8_model = fp32_model.cl_scale(recipe)
-    if recipe["GPTQ"] or recipe["BIAS_CORRECTION"]:
-        refine(int8_model, fp32_model, pixels)
-    return fp32_model, int8_model
-
-
 @torch.inference_mode()
-def largest_change(model, other, pixels):
-    """Largest |difference| between two models' logits."""
-    return (model(pixels) - other(pixels)).abs().max().item()
+def check_unchanged(step, model, other, pixels, tolerance):
+    """Print the largest difference of two models' logits; raise InputError if it is too large.
 
-
-def kernels_saturate(recipe):
-    """Whether this CPU's INT8 kernels are wrong where a recipe's inputs and weights are largest.
-
-    x86 without VNNI adds pairs of products in 16 bits, which 2 * 255 * 127 overflows.
+    tolerance: the largest difference allowed, as a share of the largest logit.
     """
-    inputs, weights = place_integers(recipe)["cv4"], int_range(max(weight_widths(recipe)))
-    x = torch.full((1, 16, 9, 9), inputs.high, dtype=torch.uint8, device=DEVICE)
-    row = x.flatten(1)[:, :144].to(inputs.dtype)        # what FC1 reads
-    weight = torch.full((16, 16, 3, 3), weights.high, dtype=torch.int8, device=DEVICE)
-    one, zero = torch.ones(16, device=DEVICE), torch.zeros(16, dtype=torch.int32, device=DEVICE)
-    for q, w in ((x, weight), (row, weight.flatten(1))):
-        sums = kernel(q, pack(w, one), one, zero, zero.float(), torch.float32, "none")
-        if (sums != 16 * 3 * 3 * inputs.high * weights.high).any():
+    expected = model(pixels)
+    change = (expected - other(pixels)).abs().max().item()
+    print(f"{step} changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
+    largest = expected.abs().max().item()
+    if not change <= tolerance * largest:       # NaN, too
+        raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
+                         f"{largest:.3g}: give a checkpoint with smaller weights")
+
+def kernels_overflow(int8_model):
+    """Whether this CPU's INT8 kernels overflow with this model's weights.
+
+    x86 without VNNI adds pairs of products in 16 bits. The worst case is all inputs at their
+    largest: there the kernels' sums (M = 1, no bias) are compared with the exact ones.
+    """
+    for layer in LAYERS:
+        weight, inputs = int8_model.get_submodule(layer.name).weight, int8_model.integers[layer.input]
+        size = weight.shape[1:2] if weight.dim() == 2 else (weight.shape[1], 9, 9)
+        x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
+        no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        exact, fast = [INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None,
+                                 kernel)(x) for kernel in (False, True)]
+        if (exact != fast).any():
             return True
     return False
 
-
 @torch.inference_mode()
-def choose_engine(int8_model, pixels):
-    """Set int8_model to the engine that INT8_ENGINE asks for, after comparing every value of both.
+def choose_engine(int8_model, pixels=None):
+    """Prepare a model for the engine of INT8_ENGINE: "auto" takes the kernels if they are right.
 
-    If it asks for the reference, nothing is compared. Returns {"compared": values, "different":
-    values, "why": in words}.
+    They are right if every activation equals the reference's on pixels, uint8 (n, 3, h, w), by
+    default noise. Returns {"compared": values, "different": values, "why": in words}.
     """
-    int8_model.engine = "reference"
     if INT8_ENGINE == "reference":
-        return {"compared": 0, "different": 0, "why": "forced by INT8_ENGINE"}
+        int8_model.prepare("reference")
+        return {"compared": 0, "different": 0, "why": "INT8_ENGINE asks for it"}
+    if pixels is None:
+        width, height = int8_model.recipe["IMAGE_SIZE"]
+        noise = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
+        pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
     try:
-        saturate = kernels_saturate(int8_model.recipe)
+        found = activations_of(copy.copy(int8_model).prepare("onednn"), pixels)
+        overflow = kernels_overflow(int8_model)
     except (AttributeError, RuntimeError) as error:
         if INT8_ENGINE == "onednn":
             reason = " ".join(str(error).split())
-            raise InputError(f'INT8_ENGINE = "onednn": no INT8 kernels here ({reason}); set it to '
-                             '"auto"') from None
-        return {"compared": 0, "different": 0, "why": "no INT8 kernels here"}
-    expected = values_at(int8_model, pixels)
-    int8_model.engine = "onednn"
-    found = values_at(int8_model, pixels)
-    compared = sum(values.numel() for values in expected.values())
-    different = sum(int((found[place] != values).sum()) for place, values in expected.items())
+            raise InputError(f'INT8_ENGINE = "onednn": there are no INT8 kernels here ({reason}); '
+                             'set it to "auto"') from None
+        int8_model.prepare("reference")
+        return {"compared": 0, "different": 0, "why": "there are no INT8 kernels here"}
+    expected = activations_of(copy.copy(int8_model).prepare("reference"), pixels)
+    different = sum(int((found[name] != expected[name]).sum()) for name in ACTIVATIONS)
     why = "its kernels agree with the reference"
-    if saturate:
-        why = "kernels overflow 16 bits here, not with WEIGHT_BIT = 7"
+    if overflow:
+        why = "the INT8 kernels overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
     elif different:
         why = "this CPU's kernels give other integers"
-    if INT8_ENGINE == "auto" and (saturate or different):
-        int8_model.engine = "reference"
+    wrong = INT8_ENGINE == "auto" and (overflow or different)
+    int8_model.prepare("reference" if wrong else "onednn")
+    compared = sum(values.numel() for values in expected.values())
     return {"compared": compared, "different": different, "why": why}
-
 
 @torch.inference_mode()
 def time_networks(networks, pixels):
-    """{name: median ms a picture} of {name: network}, in turns on one batch of pixels."""
+    """{name: median ms per picture} of {name: network}, timed in turns on one batch of pixels."""
     ms = {name: [] for name in networks}
     for _ in range(TIMED_ROUNDS):
         for name, network in networks.items():
@@ -1355,28 +1331,23 @@ def time_networks(networks, pixels):
             ms[name].append(1e3 * (time.perf_counter() - start) / len(pixels))
     return {name: float(np.median(times)) for name, times in ms.items()}
 
-
 # %% [markdown]
 # ## Comparison
-# Which answers changed, by how much, and is it more than chance? And what of it is shown.
+# Which answers changed, by how much, and could it be chance?
 
 # %%
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
-LOW_SQNR = 20       # dB: an error of a tenth of the logits, below which answers change
-OUTLIER = 100       # times the median: a channel so strong leaves the others a few integers each
-DRAWN = 6           # pictures that a notebook shows with their answers
-
+LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it answers change
+OUTLIER = 100       # times the median: a channel this strong leaves few integers to the others
 
 def decibels(signal, noise):
     """Ratio of two energies in dB; None when there is no noise."""
     return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
 
-
 def sqnr_db(signal, changed):
     """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
     signal, changed = signal.double(), changed.double()
     return decibels(signal.square().sum().item(), (signal - changed).square().sum().item())
-
 
 def wilson(correct, n, z=1.959964):
     """95 % Wilson score interval of a share, in percent (Wilson 1927)."""
@@ -1385,191 +1356,169 @@ def wilson(correct, n, z=1.959964):
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
 
-
-def mcnemar(gained, lost):
-    """Exact two-sided p-value: how likely a fair coin splits the pictures that only one network has
-    right at least as unevenly (McNemar 1947)."""
-    pictures = gained + lost
-    tail = sum(math.comb(pictures, k) for k in range(min(gained, lost) + 1))
+def mcnemar(corrected, broken):
+    """Exact two-sided p-value of McNemar's test (1947): how likely a fair coin splits the pictures
+    that only one of the networks has right at least as unevenly."""
+    pictures = corrected + broken
+    tail = sum(math.comb(pictures, k) for k in range(min(corrected, broken) + 1))
     return min(1.0, 2 * tail / 2**pictures)
 
-
-def accuracy_of(outcome):
-    """Top-1 in percent, the pictures it counts, its interval, and what each label was called."""
-    correct = int((outcome.classes == outcome.labels).sum())
-    answers = torch.bincount(2 * outcome.labels + outcome.classes, minlength=4)
-    return {"top1": outcome.top1, "correct": correct, "confusion": answers.reshape(2, 2).tolist(),
-            "interval95": wilson(correct, len(outcome.files))}
-
+def accuracy_of(predictions):
+    """Top-1 in percent, its interval, and confusion[label][answer], a count of pictures."""
+    labels, classes, k = predictions.labels, predictions.classes, len(CLASSES)
+    correct = int((classes == labels).sum())
+    confusion = torch.bincount(k * labels + classes, minlength=k * k).reshape(k, k)
+    return {"top1": predictions.top1, "correct": correct, "confusion": confusion.tolist(),
+            "interval95": wilson(correct, len(labels))}
 
 def compare(fp32, int8):
-    """What changed between two Outcomes: a dict of plain values, each figure of the summary."""
-    if fp32.files != int8.files:
-        raise InputError("pictures came or went while the run looked at them: run it again")
+    """What changed between two Predictions on the same pictures: a dict of plain values."""
+    if fp32.pictures is not int8.pictures or fp32.files != int8.files:
+        raise InputError("FP32 and INT8 saw different pictures: run again from the constants on")
     if not (fp32.logits.isfinite().all() and int8.logits.isfinite().all()):
         raise InputError("logits overflow FP32: give a checkpoint with smaller weights")
+    was_right, is_right = fp32.classes == fp32.labels, int8.classes == int8.labels
+    corrected, broken = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
     flips = []
     for i in (fp32.classes != int8.classes).nonzero().flatten().tolist():
-        cat, dog = fp32.logits[i].tolist()
-        flips.append({"file": fp32.files[i], "label": CLASSES[fp32.labels[i]],
-                      "better": bool(int8.classes[i] == int8.labels[i]),
-                      "fp32_logits": [cat, dog], "int8_logits": int8.logits[i].tolist(),
-                      "fp32_margin": abs(cat - dog)})
-    gained = sum(flip["better"] for flip in flips)
-    lost = len(flips) - gained      # of two classes: a change is from wrong to right, or back
+        effect = "corrected" if is_right[i] else "broken" if was_right[i] else "still wrong"
+        highest, second = fp32.logits[i].topk(2).values.tolist()
+        flips.append({"file": fp32.files[i], "label": CLASSES[fp32.labels[i]], "effect": effect,
+                      "fp32_logits": fp32.logits[i].tolist(), "fp32_margin": highest - second,
+                      "int8_logits": int8.logits[i].tolist()})
     return {"fp32": accuracy_of(fp32), "int8": accuracy_of(int8),
             "agreement": 1 - len(flips) / len(fp32.files),
             "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits), "flips": flips,
-            "mcnemar": {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}}
+            "mcnemar": {"corrected": corrected, "broken": broken, "p": mcnemar(corrected, broken)}}
 
+def weight_widths(recipe):
+    """The different bits of all layers' weights, in order."""
+    return sorted({layer_bit(recipe, layer) for layer in LAYERS})
 
 def name_of(recipe):
-    """INT8, or where integers have fewer bits W4-8A8: 4 to 8 for weights, 8 for activations."""
+    """INT8, or with fewer bits a name such as W4-8A8: 4 to 8 for weights, 8 for activations."""
     widths = weight_widths(recipe)
     if widths == [8] and recipe["BIT"] == 8:
         return "INT8"
     narrowest_and_widest = sorted({widths[0], widths[-1]})
     return f"W{'-'.join(map(str, narrowest_and_widest))}A{recipe['BIT']}"
 
-
-def db(value):
-    return "exact" if value is None else f"{value:.1f} dB"
-
-
-def shown(name, width):
+def shorten(name, width):
     """A file's name as it is printed, cut at the front where it is too long."""
     name = printable(name)
     return name if len(name) <= width else f"...{name[3 - width:]}"
 
-
-def layer_rows(int8_model):
-    """One dict a layer: what quantization made of it."""
-    rows = []
+def layer_table(int8_model):
+    """{heading: value per layer} of what quantization made of each layer."""
+    table = {heading: [] for heading in (
+        "layer", "weight shape", "output range", "scale in", "scale out", "smallest weight scale",
+        "largest weight scale", "bits of sum")}
     for layer in LAYERS:
-        part, scale_out = int8_model.part(layer), int8_model.scale_at(layer.place).item()
-        largest = int(int8_model.largest_sum(layer).max())
-        rows.append({
-            "name": layer.name, "shape": list(part.weight.shape),
-            "range": int8_model.integers[layer.place].high / scale_out,
-            "scale_in": int8_model.scale_at(layer.source).item(),
-            "scale_out": None if int8_model.is_fp32(layer.place) else scale_out,
-            "weight_scale": part.w_scale.tolist(),
-            "accumulator_bits": largest.bit_length()})      # int32 has 31 and a sign
-    return rows
+        module, scale_out = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
+        largest_sum = int(int8_model.int8_layer(layer).largest_sum.max())
+        row = (layer.name, "x".join(map(str, module.weight.shape)),
+               int8_model.integers[layer.output].high / scale_out.item(),
+               int8_model.scale(layer.input).item(),
+               "FP32" if int8_model.is_fp32(layer.output) else scale_out.item(),
+               module.w_scale.min().item(), module.w_scale.max().item(), largest_sum.bit_length())
+        for column, value in zip(table.values(), row):
+            column.append(value)
+    return table
 
-
-def print_layers(rows):
-    """The table of `layer_rows`."""
-    print("layer  weight shape  covers    scale in  scale out  weight scale        max sum")
-    for row in rows:
-        low, high = min(row["weight_scale"]), max(row["weight_scale"])
-        shape = "x".join(map(str, row["shape"]))
-        scale_out = "FP32" if row["scale_out"] is None else f"{row['scale_out']:.5g}"
-        scales = f"{low:.6g} .. {high:.6g}" if high > low else f"{low:.6g}"
-        print(f"{row['name']:<5}  {shape:<12}  {row['range']:<8.5g}  {row['scale_in']:<8.5g}  "
-              f"{scale_out:<9}  {scales:<18}  {row['accumulator_bits']:>3} bits")
-
+def print_columns(columns, width=80):
+    """Print {heading: values}, a heading's words below each other, in blocks of at most `width`."""
+    texts = []
+    for heading, values in columns.items():
+        cells = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in values]
+        words = heading.replace("_", "_ ").split()
+        texts.append([word.rjust(max(map(len, [*words, *cells]))) for word in words + cells])
+    height = max(len(text) for text in texts)
+    first, *others = [[" " * len(text[0])] * (height - len(text)) + text for text in texts]
+    while others:
+        block = [first, others.pop(0)]
+        while others and sum(len(text[0]) + 1 for text in [*block, others[0]]) <= width + 1:
+            block.append(others.pop(0))
+        print("\n".join(" ".join(cells) for cells in zip(*block)))
 
 def print_summary(report):
     """The figures of a report, in lines of at most 80 characters."""
     pictures, name = report["images"]["evaluated"], name_of(report["recipe"])
-    networks = (("FP32", report["fp32"]), (name, report["int8"]))
-    print("\nSummary      Top1              right   95 % interval  ms a picture    file bytes")
-    for label, row in networks:
+    sqnr = report["logit_sqnr_db"]
+    networks = {"FP32": report["fp32"], name: report["int8"]}
+    print("\nSummary      Top1              right   95 % interval  ms per picture  file bytes")
+    for label, row in networks.items():
         low, high = row["interval95"]
         right, interval = f"{row['correct']:,} of {pictures:,}", f"{low:.1f} to {high:.1f} %"
         print(f"{label:<7}{row['top1']:>8.3f} %{right:>19}{interval:>16}"
-              f"{row['ms_per_image']:>14.2f}{row['file_bytes']:>14,}")
+              f"{row['ms_per_image']:>16.2f}{row['file_bytes']:>12,}")
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
-          f"{db(report['logit_sqnr_db'])}, {name} {report['speedup']:.1f} times as fast")
+          f"{'infinite' if sqnr is None else f'{sqnr:.1f} dB'}, {name} {report['speedup']:.1f} times "
+          "as fast")
     if weight_widths(report["recipe"])[0] < 8:
-        print("Weights of fewer bits make a smaller file; if 8 have kernels, nothing faster.")
-    for label, row in networks:
-        (cats, cats_as_dogs), (dogs_as_cats, dogs) = row["confusion"]
-        print(f"{label}: {cats + cats_as_dogs} cats, {cats_as_dogs} of them called dogs; "
-              f"{dogs + dogs_as_cats} dogs, {dogs_as_cats} called cats")
+        print("Fewer weight bits shrink the file; they do not speed it up.")
+    for label, row in networks.items():
+        rights = [f"{each} {row['confusion'][i][i]}/{sum(row['confusion'][i])}"
+                  for i, each in enumerate(CLASSES)]
+        print(f"{label} is right on {', '.join(rights)}")
     test = report["mcnemar"]
-    verdict = "can be chance" if test["p"] >= 0.05 else "more than chance"
-    print(f"{name} corrects {test['gained']} and spoils {test['lost']} FP32 answers: {verdict} "
-          f"(McNemar's p = {test['p']:.2g})")
+    if test["corrected"] or test["broken"]:
+        verdict = "which could be chance" if test["p"] >= 0.05 else "which is more than chance"
+        print(f"{name} corrects {test['corrected']} and breaks {test['broken']} of FP32's answers, "
+              f"{verdict} (McNemar's p = {test['p']:.2g})")
     if report["inputs"]["evaluation_crc"] == report["inputs"]["calibration_crc"]:
-        print("Calibrated on the pictures that are counted: this flatters the ranges and hides\n"
-              "what HEADROOM does.")
+        print("Calibration and evaluation use the same pictures: this flatters the ranges and\n"
+              "hides what HEADROOM does.")
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
           "were left out")
     for flip in report["flips"][:LISTED]:
-        effect = "better" if flip["better"] else "worse"
-        (cat, dog), (cat8, dog8) = flip["fp32_logits"], flip["int8_logits"]
-        print(f"  {shown(flip['file'], 54)} ({flip['label']}), for the {effect}\n"
-              f"    FP32 cat {cat:.3f} dog {dog:.3f}, margin {flip['fp32_margin']:.3f}; "
-              f"{name} cat {cat8:.3f} dog {dog8:.3f}")
+        logits = [" ".join(f"{each} {logit:.3f}" for each, logit in zip(CLASSES, flip[key]))
+                  for key in ("fp32_logits", "int8_logits")]
+        print(f"  {shorten(flip['file'], 50)} ({flip['label']}), {flip['effect']}\n"
+              f"    FP32 {logits[0]}, margin {flip['fp32_margin']:.3f}; {name} {logits[1]}")
     for row in report["skipped"][:LISTED]:
-        reason = printable(row["reason"])
-        if len(reason) > 76:
-            reason = f"{reason[:73]}..."
-        print(f"  {shown(row['file'], 78)}\n    {reason}")
+        print(f"  {shorten(row['file'], 78)}\n"
+              f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")
     if max(len(report["flips"]), len(report["skipped"])) > LISTED:
         print(f"  (at most {LISTED} of a kind are shown here; all are in report.json)")
 
-
 def hints(report, folded, int8_model):
-    """What to look at next, in at most three lines; none where nothing stands out."""
-    found, recipe, fp32 = [], int8_model.recipe, report["fp32"]
-    chance, (low, high) = 100 / len(CLASSES), fp32["interval95"]
+    """What to look at next, in at most three sentences; none where nothing stands out."""
+    found, ranges = [], folded.ranges
+    images, top1, sqnr = report["images"], report["fp32"]["top1"], report["logit_sqnr_db"]
+    chance, (low, high) = 100 / len(CLASSES), report["fp32"]["interval95"]
     if high < chance:
-        found.append(f"FP32 Top-1 of {fp32['top1']:.1f} % is worse than guessing: do the labels in "
-                     "the files' names belong to other classes than the weights were trained on?")
-    elif low < chance and report["images"]["evaluated"] >= SAMPLE:
-        found.append(f"FP32 Top-1 of {fp32['top1']:.1f} % is near guessing: were the weights "
-                     "trained on pixels from 0 to 255, and on these labels?")
-    limit = 2**(recipe["BIAS_BIT"] - 1) - 1
-    clipped = {layer.name: int((int8_model.part(layer).bias.long().abs() == limit).sum())
-               for layer in LAYERS}
-    if any(clipped.values()):
-        where = ", ".join(f"{count} in {name}" for name, count in clipped.items() if count)
-        found.append(f"BIAS_BIT = {recipe['BIAS_BIT']} clips {sum(clipped.values())} biases "
-                     f"({where}): more bits avoid it.")
-    sqnr = report["logit_sqnr_db"]
+        found.append(f"FP32 Top-1 of {top1:.1f} % is worse than guessing: do the labels in the "
+                     "files' names belong to other classes than the weights were trained on?")
+    elif low < chance and images["evaluated"] >= SAMPLE:
+        found.append(f"FP32 Top-1 of {top1:.1f} % is near guessing: were the weights trained on "
+                     "pixels from 0 to 255, and on these labels?")
+    bias_bit = int8_model.recipe["BIAS_BIT"]
+    biases = {layer.name: int8_model.get_submodule(layer.name).bias.long() for layer in LAYERS}
+    clipped = {name: bias.abs() == 2**(bias_bit - 1) - 1 for name, bias in biases.items()}
+    if where := counts(clipped):
+        found.append(f"BIAS_BIT = {bias_bit} clips biases ({where}): more bits avoid it.")
     if sqnr is not None and sqnr < LOW_SQNR:
-        place, times = max(((place, outlier(folded.range_at(place))) for place in PLACES[1:-1]),
-                           key=lambda pair: pair[1])
-        strongest = (f" {place}'s strongest channel is {times:,.0f} times its median one, and all "
+        times, name = max((outlier(ranges[layer.output]), layer.output) for layer in LAYERS[:-1])
+        strongest = (f" {name}'s strongest channel is {times:,.0f} times its median one, and all "
                      "share one scale." if times >= OUTLIER else "")
         found.append(f"Logit SQNR is below {LOW_SQNR} dB: python tools/explain.py shows where the "
-                     f"error is born.{strongest}")
-    silent = {place: int((folded.range_at(place) == 0).sum()) for place in PLACES}
-    if any(silent.values()):
-        where = ", ".join(f"{count} of {len(folded.range_at(place))} in {place}"
-                          for place, count in silent.items() if count)
+                     f"error arises.{strongest}")
+    if where := counts({name: values == 0 for name, values in ranges.items()}):
         found.append(f"Channels that were never active in calibration: {where}.")
-    pictures = report["images"]["calibrated"]
-    if pictures < SAMPLE:
-        found.append(f"Only {pictures} calibration pictures: other pictures may exceed their "
-                     f"ranges. {SAMPLE} or more are better.")
+    if images["calibrated"] < SAMPLE:
+        found.append(f"Only {images['calibrated']} calibration pictures: other pictures may exceed "
+                     f"their ranges. {SAMPLE} or more are better.")
     return found[:3]
 
+def counts(masks):
+    """{name: mask} -> "2 of 8 in cv4", say, for those that are true anywhere."""
+    return ", ".join(f"{int(mask.sum())} of {len(mask)} in {name}" for name, mask in masks.items()
+                     if mask.any())
 
 def outlier(ranges):
     """How many times the median of the active channels the strongest one reaches."""
     active = ranges[ranges > 0]
     return (active.max() / active.median()).item() if len(active) else 0
-
-
-def draw_answers(pictures, fp32, int8, name):
-    """A Pillow picture of the first pictures, those that changed before, with both answers."""
-    order = sorted(range(len(fp32.files)), key=lambda i: bool(fp32.classes[i] == int8.classes[i]))
-    order, side = order[:DRAWN], 160
-    sheet = Image.new("RGB", (side * len(order), side + 56), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, i in enumerate(order):
-        path = pictures.folder / fp32.files[i]
-        sheet.paste(Image.fromarray(decode(path, (side - 8, side - 8))), (side * column + 4, 4))
-        lines = [path.name] + [f"{label}: {CLASSES[answer.classes[i]]} "
-                               f"{answer.logits[i].max():.3f}"
-                               for label, answer in (("FP32", fp32), (name, int8))]
-        draw.text((side * column + 6, side), "\n".join(lines), "black", font)
-    return sheet
-
 
 # %% [markdown]
 # ## The table of runs
@@ -1579,61 +1528,48 @@ def draw_answers(pictures, fp32, int8, name):
 # %%
 RUNS_LISTED = 12    # of the last runs
 
-
 def run_row(report):
     """{column: text} of a run: when, on what, its figures, its constants."""
-    sqnr = report["logit_sqnr_db"]
+    fp32, int8, sqnr = report["fp32"], report["int8"], report["logit_sqnr_db"]
     row = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), **report["inputs"],
-           "fp32_top1": f"{report['fp32']['top1']:.3f}", "top1": f"{report['int8']['top1']:.4f}",
+           "fp32_top1": f"{fp32['top1']:.3f}", "top1": f"{int8['top1']:.4f}",
            "same_class": f"{100 * report['agreement']:.4f}",
            "sqnr_db": "inf" if sqnr is None else f"{sqnr:.4f}",
-           "p": f"{report['mcnemar']['p']:.4g}", "fp32_ms": f"{report['fp32']['ms_per_image']:.5f}",
-           "ms": f"{report['int8']['ms_per_image']:.5f}", "bytes": report["int8"]["file_bytes"]}
+           "p": f"{report['mcnemar']['p']:.4g}", "fp32_ms": f"{fp32['ms_per_image']:.5f}",
+           "ms": f"{int8['ms_per_image']:.5f}", "bytes": int8["file_bytes"]}
     return {name: printable(str(value)) for name, value in (row | report["constants"]).items()}
-
-
-def csv_line(cells):
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
-
 
 def add_run(path, row):
     """Append a row to the table of runs, and return its readable rows, the new one last.
 
-    One write appends it, so that of two runs at once neither loses its row. A table that has other
-    columns is renamed and stays. Raises InputError where the file cannot be written.
+    One write appends it, so that two runs at once lose no row. A table with other columns is
+    renamed, not destroyed. Raises InputError where the file cannot be written.
     """
+    header, line = csv_line(row), csv_line(row.values())
     try:
-        lines = path.read_bytes().decode("utf-8", "replace").split("\n") if path.exists() else [""]
-        if lines != [""] and lines[0].rstrip("\r") + "\n" != csv_line(row):
-            numbered = (path.with_stem(f"runs-{i}") for i in itertools.count(1))
-            aside = next(other for other in numbered if not other.exists())
+        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+        if text and text.split("\n")[0].rstrip("\r") != header:
+            aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}")
             path.rename(aside)
-            print(f"{short(path)} has other columns than this version's: kept as {aside.name}")
-            lines = [""]
-        if lines == [""]:       # two runs at once make one file: only one of the links succeeds
-            fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            fresh.write_bytes(csv_line(row).encode())
-            if path.exists() and path.stat().st_size == 0:
-                path.unlink()
-            try:
-                os.link(fresh, path)
-            except FileExistsError:
-                pass
-            finally:
-                fresh.unlink()
-        begin = "\n" if lines[-1] else ""
+            print(f"{display_path(path)} has other columns than this run: kept as {aside.name}")
+            text = ""
+        added = f"{line}\n" if text else f"{header}\n{line}\n"
+        if text and not text.endswith("\n"):
+            added = f"\n{added}"
         with open(path, "ab") as file:
-            file.write((begin + csv_line(row.values())).encode())
+            file.write(added.encode())
     except OSError as error:
-        raise InputError(f"cannot write {short(path)}: {error}; set OUTPUT_DIR") from None
-    rows = [parsed_run(line, list(row)) for line in lines[1:] if line.strip()]
-    unreadable = rows.count(None)
-    if unreadable:
-        print(f"{short(path)}: {unreadable} rows cannot be read and are left out")
+        raise InputError(f"cannot write {path}: {error}; set OUTPUT_DIR") from None
+    rows = [parsed_run(each, list(row)) for each in text.split("\n")[1:]
+            if each.strip() and each != header]     # two first runs at once make two headers
+    if None in rows:
+        print(f"{display_path(path)}: {rows.count(None)} rows cannot be read and are left out")
     return [each for each in rows if each] + [row]
 
+def csv_line(cells):
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
 
 def parsed_run(line, columns):
     """{column: text} of a line of the table of runs, or None where it cannot be read."""
@@ -1645,7 +1581,6 @@ def parsed_run(line, columns):
     except (ValueError, csv.Error, StopIteration):
         return None
 
-
 def print_runs(rows):
     """Print the last runs that share pictures and weights with the last row.
 
@@ -1654,11 +1589,11 @@ def print_runs(rows):
     same = [row for row in rows if all(row[name] == rows[-1][name] for name in
                                        ("evaluation_crc", "checkpoint_crc"))][-RUNS_LISTED:]
     columns = {"run": [f"{'>' if row is rows[-1] else ''}{i}" for i, row in enumerate(same, 1)]}
-    for name in [name for name in [*LEGAL, "calibration_crc"] if name in rows[-1]]:
+    for name in [*LEGAL, "calibration_crc"]:
         cells = [row[name] for row in same]
         explained = name == "calibration_crc" and {"DATA_DIR", "CALIBRATION_SPLIT"} & set(columns)
         if len(set(cells)) > 1 and not explained:
-            columns[name] = [shown(cell, 24) for cell in cells]
+            columns[name] = [shorten(cell, 24) for cell in cells]
     sqnr = [float(row["sqnr_db"]) for row in same]
     columns["SQNR dB"] = [f"{value:.1f}{'*' if value == max(sqnr) else ' '}" for value in sqnr]
     for heading, name, style in (
@@ -1669,43 +1604,36 @@ def print_runs(rows):
           "(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)")
     print_columns(columns)
 
-
-def print_columns(columns, width=80):
-    """Print {heading: cells}, each heading a word a line, in blocks that are at most so wide."""
-    texts = []
-    for heading, cells in columns.items():
-        words = heading.replace("_", "_ ").split()
-        texts.append([word.rjust(max(map(len, [*words, *cells]))) for word in words + cells])
-    height = max(len(text) for text in texts)
-    texts = [[" " * len(text[0])] * (height - len(text)) + text for text in texts]
-    first, *others = texts
-    while others:
-        block = [first, others.pop(0)]
-        left = width - len(first[0]) - 1 - len(block[1][0])
-        while others and left > len(others[0][0]):
-            block.append(others.pop(0))
-            left -= 1 + len(block[-1][0])
-        print("\n".join(" ".join(cells) for cells in zip(*block)))
-
-
 # %% [markdown]
 # ## The run
-# Each step is a cell. First the constants and the pictures: a file whose name tells no label is
-# left out and listed at the end.
+# Each step is a cell. The first reads the constants and lists the pictures.
 
 # %%
+def end_in_one_line(kind, error, trace):
+    """sys.excepthook of the run: one line for bad input and for Ctrl-C, none for `| head`."""
+    if issubclass(kind, InputError):
+        print(error, file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):     # nobody reads on: the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        sys.__excepthook__(kind, error, trace)
+
 if __name__ == "__main__":
+    sys.excepthook = end_in_one_line
     set_constants(command_line(), __doc__)
     prepare_process()
-    constants = check_constants()
-    recipe = current_recipe()
-    output = located(OUTPUT_DIR)
-    make_writable(output)
+    constants = read_constants()
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     print(f"device {DEVICE}, torch {torch.__version__}")
-    evaluation = calibration = CatDogDataset(located(DATA_DIR, EVALUATION_SPLIT))
+    output = resolve_path(OUTPUT_DIR)
+    evaluation = calibration = CatDogDataset(resolve_path(DATA_DIR, EVALUATION_SPLIT))
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
-        calibration = CatDogDataset(located(DATA_DIR, CALIBRATION_SPLIT))
+        calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
+    make_writable(output)
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
+    calibrated = int8_model = int8 = None       # in a notebook: those of other constants
 
 # %% [markdown]
 # ### Load
@@ -1713,66 +1641,69 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    model = load_checkpoint(located(CHECKPOINT))
-    fp32_file = located(CHECKPOINT).read_bytes()
+    checkpoint = resolve_path(constants["CHECKPOINT"])
+    model = load_checkpoint(checkpoint)
+    fp32_file = checkpoint.read_bytes()
     print(model)
 
 # %% [markdown]
 # ### Fold
 # A batch norm multiplies and adds, as the convolution before it does: one convolution can do both.
-# The logits must stay the same but for FP32's last digits.
+# The logits stay the same except for FP32's rounding.
 
 # %%
 if __name__ == "__main__":
-    pixels = evaluation.first(SAMPLE)
+    pixels = evaluation.first_pixels(SAMPLE)
     folded = model.fused()
-    change = largest_change(model, folded, pixels)
-    print(f"folding changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
+    check_unchanged("folding", model, folded, pixels, ROUNDING)
 
 # %% [markdown]
 # ### Calibrate
-# The observers see every calibration picture. Each range printed is the largest of a place's
-# channels; one far above the others' would make coarse steps of its place.
+# The observers see every calibration picture. Each range printed is that of the activation's largest
+# channel; an outlier channel makes the step of the whole activation coarse.
 
 # %%
 if __name__ == "__main__":
     fp32 = calibrated = calibrate(folded, calibration)
-    for place in PLACES:
-        print(f"range_{place:<6} {folded.range_at(place).max().item():.6g}")
+    for name in ACTIVATIONS:
+        print(f"range_{name:<6} {folded.ranges[name].max().item():.6g}")
     if evaluation is not calibration:
         fp32 = evaluate("FP32", folded, evaluation)
 
 # %% [markdown]
 # ### Quantize
-# Ranges become scales, weights and biases integers. In the table each layer has the magnitude that
-# its output's integers cover, HEADROOM and EQUALIZE included, its scales, and the bits that its
-# largest possible sum takes of the 31 that int32 has.
+# Ranges become scales, and weights and biases integers. The table shows for each layer the largest
+# output that its integers cover (HEADROOM and equalization included), its scales, and how many of the
+# 31 bits of an int32 its largest possible sum takes.
 
 # %%
 if __name__ == "__main__":
-    fp32_model, int8_model = quantize_network(folded, calibration.first(SAMPLE), recipe)
+    recipe = read_constants(LEGAL_RECIPE)
+    constants |= recipe
+    fp32_model, int8_model = quantize_network(
+        folded, calibrated.pictures.first_pixels(SAMPLE), recipe)
     if recipe["EQUALIZE"]:
-        change = largest_change(folded, fp32_model, pixels)
-        print(f"equalizing changed a logit by at most {change:.3g}")
-    layers = layer_rows(int8_model)
-    print_layers(layers)
+        check_unchanged("equalization", folded, fp32_model, pixels, ROUNDING)
+    layers = layer_table(int8_model)
+    print_columns(layers)
 
 # %% [markdown]
-# ### Prove
-# The kernels are taken if every value that they give at every place, on these pictures, is the
-# definition's, unless INT8_ENGINE says otherwise. Then both networks are timed, in turns.
+# ### Verify
+# The kernels are used if every activation equals the reference's on these pictures, or if
+# INT8_ENGINE forces them. Then both networks are timed, in turns.
 
 # %%
 if __name__ == "__main__":
-    exact = choose_engine(int8_model, pixels)
-    print(f"{name_of(recipe)} engine {int8_model.engine}: {exact['why']}")
-    print(f"{exact['compared']:,} values of {len(pixels)} pictures compared, "
-          f"{exact['different']:,} differ")
+    constants |= read_constants(["INT8_ENGINE"])
+    kernel_check = choose_engine(int8_model, pixels)
+    print(f"{name_of(recipe)} engine {int8_model.engine}: {kernel_check['why']}")
+    print(f"{kernel_check['compared']:,} values of {len(pixels)} pictures compared, "
+          f"{kernel_check['different']:,} differ")
     ms = time_networks({"fp32": folded, "int8": int8_model}, pixels[:BATCH_SIZE])
 
 # %% [markdown]
 # ### Evaluate
-# The same pictures on integers, counted alone: the notebook's meter still held FP32's answers.
+# The same pictures on integers. INT8 is counted alone: the notebook's meter still held FP32's answers.
 
 # %%
 if __name__ == "__main__":
@@ -1780,41 +1711,41 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Compare
-# What counts is how many answers changed, and how close to a tie those were.
+# What matters is how many answers changed, and how close to a tie those were.
 
 # %%
 if __name__ == "__main__":
-    checkpoint = int8_checkpoint(int8_model)
-    left_out = sorted((calibration.skipped | evaluation.skipped).items())
+    int8_file = int8_checkpoint(int8_model)
+    skipped = {display_path(pictures.folder / file): reason
+               for pictures in (calibration, evaluation)
+               for file, reason in pictures.skipped.items()}
     report = {
         "constants": constants, "recipe": recipe, "torch": torch.__version__, "device": str(DEVICE),
         "inputs": {"evaluation_crc": evaluation.checksum(),
                    "calibration_crc": calibration.checksum(),
                    "checkpoint_crc": zlib.crc32(fp32_file)},
         "images": {"evaluated": len(int8.files), "calibrated": len(calibrated.files)},
-        "skipped": [{"file": file, "reason": reason} for file, reason in left_out],
-        "engine": int8_model.engine, "exact": exact, "layers": layers,
+        "skipped": [{"file": file, "reason": reason} for file, reason in sorted(skipped.items())],
+        "engine": int8_model.engine, "kernel_check": kernel_check, "layers": layers,
         "speedup": ms["fp32"] / ms["int8"], **compare(fp32, int8)}
     report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_file)}
-    report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(checkpoint)}
+    report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(int8_file)}
     print_summary(report)
     for hint in hints(report, folded, int8_model):
         print(textwrap.fill(f"Hint: {hint}", 80))
-    if hasattr(builtins, "display"):            # in a notebook
-        display(draw_answers(evaluation, fp32, int8, name_of(recipe)))      # noqa: F821
 
 # %% [markdown]
-# ### Keep
-# The INT8 network, loaded back to the same logits, all figures, and a row in the table of runs.
+# ### Save
+# The INT8 network, after its file has been loaded back to the same logits; all figures; and a row in
+# the table of runs.
 
 # %%
 if __name__ == "__main__":
+    loaded = INT8_Model.load(io.BytesIO(int8_file))
+    check_unchanged("saving and loading", int8_model, loaded, pixels, 0)
     report_json = (json.dumps(report, indent=1) + "\n").encode()
-    write_files(output, {"INT8_checkpoint.pth.tar": checkpoint, "report.json": report_json})
-    kept = INT8_Model.load(output / "INT8_checkpoint.pth.tar")
-    change = largest_change(int8_model, kept, pixels)
-    print(f"loaded back, the {name_of(recipe)} checkpoint changes a logit by {change:g}")
-    print(f"wrote {short(output)}/INT8_checkpoint.pth.tar and report.json")
+    write_files(output, {"INT8_checkpoint.pth.tar": int8_file, "report.json": report_json})
+    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json")
     print_runs(add_run(output / "runs.csv", run_row(report)))
 
 # %% [markdown]

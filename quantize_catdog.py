@@ -44,7 +44,6 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -87,52 +86,49 @@ GPTQ = True                             # round weights so that errors cancel, o
 BIAS_CORRECTION = True                  # shift biases by the mean error in calibration
 
 # %% [markdown]
-# A preset is a set of changes to this recipe. LEGAL says which values are legal, wherever they come
-# from: this file, the command line or a checkpoint.
+# A preset is a set of changes to this recipe. LEGAL says which values are legal, in words and as a
+# test, wherever they come from: this file, the command line or a checkpoint.
 
 # %%
 PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORRECTION": False}}
 PRESETS["notebook"] = PRESETS["plain"] | {
     "PER_CHANNEL": False, "UNSIGNED_RELU": False, "BIAS_BIT": 16, "QUANTIZE_LOGITS": True}
 
-class Legal(NamedTuple):
-    words: str              # which values are legal
-    allows: Callable        # whether a value is
+def is_whole(value, low, high):
+    return type(value) is int and low <= value <= high
 
-def whole_number(low, high):
-    return Legal(f"a whole number from {low} to {high}",
-                 lambda value: type(value) is int and low <= value <= high)
+def whole(low, high):
+    return f"a whole number from {low} to {high}", lambda value: is_whole(value, low, high)
 
 def is_image_size(value):
     return (isinstance(value, tuple) and len(value) == 2
-            and all(whole_number(212, 227).allows(side) for side in value))
+            and all(is_whole(side, 212, 227) for side in value))
 
 def is_layer_bits(value):
     names = [layer.name for layer in LAYERS]
     return isinstance(value, dict) and all(
-        name in names and whole_number(2, 8).allows(bit) for name, bit in value.items())
+        name in names and is_whole(bit, 2, 8) for name, bit in value.items())
 
-TRUE_FALSE = Legal("True or False", lambda value: isinstance(value, bool))
-PATH = Legal("the name of a file or folder",
-             lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value)
+BOOL = "True or False", lambda value: isinstance(value, bool)
+PATH = ("the name of a file or folder",
+        lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value)
 LEGAL_RECIPE = {
-    "IMAGE_SIZE": Legal("(width, height), each a whole number from 212 to 227", is_image_size),
-    "BIT": whole_number(2, 8), "WEIGHT_BIT": whole_number(2, 8),
-    "LAYER_BITS": Legal('bits from 2 to 8 per layer name, such as {"fc1": 4}', is_layer_bits),
-    "PER_CHANNEL": TRUE_FALSE, "UNSIGNED_RELU": TRUE_FALSE, "BIAS_BIT": whole_number(2, 32),
-    "QUANTIZE_LOGITS": TRUE_FALSE,
-    "HEADROOM": Legal("a number from 1 to 16",
-                      lambda value: type(value) in (int, float) and 1 <= value <= 16),
-    "EQUALIZE": TRUE_FALSE, "GPTQ": TRUE_FALSE, "BIAS_CORRECTION": TRUE_FALSE}
+    "IMAGE_SIZE": ("(width, height), each a whole number from 212 to 227", is_image_size),
+    "BIT": whole(2, 8), "WEIGHT_BIT": whole(2, 8),
+    "LAYER_BITS": ('bits from 2 to 8 per layer name, such as {"fc1": 4}', is_layer_bits),
+    "PER_CHANNEL": BOOL, "UNSIGNED_RELU": BOOL, "BIAS_BIT": whole(2, 32), "QUANTIZE_LOGITS": BOOL,
+    "HEADROOM": ("a number from 1 to 16",
+                 lambda value: type(value) in (int, float) and 1 <= value <= 16),
+    "EQUALIZE": BOOL, "GPTQ": BOOL, "BIAS_CORRECTION": BOOL}
 LEGAL = {
     "DATA_DIR": PATH, "CALIBRATION_SPLIT": PATH, "EVALUATION_SPLIT": PATH, "CHECKPOINT": PATH,
-    "OUTPUT_DIR": PATH, "BATCH_SIZE": whole_number(1, 4096), "NUM_WORKERS": whole_number(1, 256),
-    "INT8_ENGINE": Legal('"auto", "onednn" or "reference"',
-                         lambda value: value in ("auto", "onednn", "reference"))} | LEGAL_RECIPE
+    "OUTPUT_DIR": PATH, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
+    "INT8_ENGINE": ('"auto", "onednn" or "reference"',
+                    lambda value: value in ("auto", "onednn", "reference"))} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read and set. Whatever is wrong with an input is an `InputError`: one line that
-# says what, where and what to do.
+# How constants are read, from the file and from the command line. Whatever is wrong with an input
+# is an `InputError`: one line that says what, where and what to do.
 
 # %%
 def printable(text):
@@ -157,21 +153,21 @@ def constants_block():
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
     wanted = name.strip("-").replace("-", "_").upper()
-    by_capitals = {each.upper(): each for each in known}
-    near = difflib.get_close_matches(wanted, by_capitals, 1)
-    hint = f"did you mean {by_capitals[near[0]]}?" if near else "--help lists them all"
+    near = difflib.get_close_matches(wanted, [each.upper() for each in known], 1)
+    found = [each for each in known if each.upper() in near]
+    hint = f"did you mean {found[0]}?" if found else "--help lists them all"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
     """Raise InputError unless {constant: value} has all of the names and legal values."""
-    for name in names:
-        if name not in constants:
-            raise InputError(f"{name} is missing: set it to {LEGAL[name].words}")
-    for name, value in constants.items():
+    for name in [*names, *constants]:
         if name not in names:
             raise unknown_name(name, names)
-        if not LEGAL[name].allows(value):
-            raise InputError(f"{name} = {value!r}: set it to {LEGAL[name].words}")
+        words, allows = LEGAL[name]
+        if name not in constants:
+            raise InputError(f"{name} is missing: set it to {words}")
+        if not allows(constants[name]):
+            raise InputError(f"{name} = {constants[name]!r}: set it to {words}")
 
 def read_constants(names=tuple(LEGAL)):
     """{constant: value} as they are now; raises InputError for a value that is not legal."""
@@ -189,34 +185,26 @@ def set_constants(words, doc):
     """
     if {"--help", "-h"} & set(words):
         print(f"{doc}\nThe constants:\n{constants_block()}\nTheir legal values:\n")
-        for name, legal in LEGAL.items():
-            print(f"{name:<18} {legal.words}")
+        for name, (legal, _) in LEGAL.items():
+            print(f"{name:<18} {legal}")
         for preset, changes in PRESETS.items():
-            words = " ".join(f"{name}={value!r}" for name, value in changes.items())
-            print(textwrap.fill(f"preset {preset}: {words}", 80, subsequent_indent="    "))
+            print(f"\npreset {preset}:", *[f"{name}={value}" for name, value in changes.items()])
         sys.exit()
-    assigned = False
-    for word in words:
+    for i, word in enumerate(words):
         name, equals, text = word.partition("=")
-        if word in PRESETS and not assigned:
+        if word in PRESETS:
+            if "=" in "".join(words[:i]):
+                raise InputError(f"{word}: a preset comes before the constants that change it")
             globals().update(PRESETS[word])
-        elif word in PRESETS:
-            raise InputError(f"{word}: a preset comes before the constants that change it")
-        elif name in LEGAL and equals:
+        elif name not in LEGAL:
+            raise unknown_name(name, [*PRESETS, *LEGAL])
+        elif not equals:
+            raise InputError(f"{name}: give it a value, {name}={globals()[name]!r} for example")
+        else:
             try:
                 globals()[name] = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                globals()[name] = text              # a word without quotes, such as a folder's name
-            assigned = True
-        elif name in LEGAL:
-            raise InputError(f"{name}: give it a value, {name}={globals().get(name)!r} for example")
-        else:
-            raise unknown_name(name, [*PRESETS, *LEGAL])
-
-def command_line():
-    """The words after this file's name; none in a notebook: its kernel has other arguments."""
-    is_program = "__file__" in globals() and Path(sys.argv[0]).resolve() == Path(__file__).resolve()
-    return sys.argv[1:] if is_program else []
+                globals()[name] = text          # a word without quotes, such as a folder's name
 
 # %% [markdown]
 # Where files lie, and what a run changes in its process.
@@ -231,7 +219,6 @@ def resolve_path(*names):
 
 def display_path(path):
     """A path as it is printed: relative to ROOT where it lies below it."""
-    path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 def prepare_process():
@@ -271,23 +258,22 @@ def decode(picture, size):
     """
     if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):
         raise InputError("is not a file")       # opening a pipe, say, would wait for ever
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or picture.size == 0:
-            raise InputError("is not uint8 (height, width, 3)")
-        picture = Image.fromarray(picture)
     try:
-        in_memory = isinstance(picture, Image.Image)
-        image = picture.copy() if in_memory else Image.open(picture, formats=FORMATS)
+        if isinstance(picture, np.ndarray):
+            image = Image.fromarray(picture)
+        elif isinstance(picture, Image.Image):
+            image = picture.copy()
+        else:
+            image = Image.open(picture, formats=FORMATS)
         with image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
-                grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
-                image = Image.fromarray(grey)
+                grey = (np.asarray(image) / 257).clip(0, 255).round()
+                image = Image.fromarray(grey.astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             if image.mode != "RGB":
                 image = image.convert("RGB")
             return np.array(image.resize(size))
@@ -295,25 +281,18 @@ def decode(picture, size):
         reason = " ".join(str(error).split())
         raise InputError(f"cannot be decoded: {type(error).__name__}: {reason}") from None
 
-# %% [markdown]
-# Any `DataLoader` takes the dataset, as it takes the notebook's.
-
-# %%
 class CatDogDataset(Dataset):
     """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
 
     Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
     few hold both classes. What cannot be decoded is left out of its batch; `skipped` says why.
-    size: (width, height), IMAGE_SIZE unless given. Raises InputError for a missing folder.
+    size: (width, height), IMAGE_SIZE unless given. Raises InputError where nothing is usable.
     """
 
     def __init__(self, folder, size=None):
         self.folder, self.size = Path(folder), size or IMAGE_SIZE
         self.files, self.labels = [], []
         self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
-        if not os.path.isdir(self.folder) or not os.access(self.folder, os.R_OK):
-            raise InputError(f"no folder {self.folder}: put pictures named cat.0.jpg, "
-                             "dog.0.jpg, ... there, or set DATA_DIR and the splits")
         for file in sorted(self.find_files(), key=self.numbers_first):
             label = label_of(file)
             if label is None:
@@ -321,6 +300,7 @@ class CatDogDataset(Dataset):
             else:
                 self.files.append(file)
                 self.labels.append(label)
+        self.usable()
 
     def find_files(self):
         """Yield the files below the folder, relative to it. Links to folders are not followed."""
@@ -338,12 +318,11 @@ class CatDogDataset(Dataset):
 
     def usable(self):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
-        found = [(file, label) for file, label in zip(self.files, self.labels)
-                 if file not in self.skipped]
+        found = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not found:
             reasons = [f", e.g. {file}: {reason}" for file, reason in sorted(self.skipped.items())]
-            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: "
-                             "put pictures named cat.0.jpg, dog.0.jpg, ... there")
+            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
+                             "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
         return found
 
     def __str__(self):
@@ -353,8 +332,24 @@ class CatDogDataset(Dataset):
     def __len__(self):
         return len(self.files)
 
-    def pixels_of(self, file):
-        """Decode a file to uint8 (height, width, 3); None where that fails, now or before."""
+    def __getitem__(self, index):
+        if items := self.__getitems__([index]):
+            return items[0]
+        file = self.files[index]
+        raise InputError(f"{self.folder / file} {self.skipped[file]}")
+
+    def __getitems__(self, indices):
+        """The items of a batch, decoded in threads, without those that cannot be decoded."""
+        files = [self.files[i] for i in indices]
+        new = [file for file in files if file not in self.kept]
+        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow lets other threads run
+            decoded = dict(zip(new, pool.map(self.decode_file, new)))
+        found = [decoded[file] if file in decoded else self.kept[file] for file in files]
+        return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
+                for i, pixels in zip(indices, found) if pixels is not None]
+
+    def decode_file(self, file):
+        """A file's pixels, uint8 (height, width, 3); None where decoding fails, now or before."""
         if file in self.skipped:
             return None
         try:
@@ -366,41 +361,20 @@ class CatDogDataset(Dataset):
             self.kept[file] = pixels
         return pixels
 
-    def __getitems__(self, indices):
-        """The items of a batch, decoded in threads, without those that cannot be decoded."""
-        files = [self.files[i] for i in indices]
-        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow lets other threads run
-            new = [file for file in files if file not in self.kept]
-            decoded = dict(zip(new, pool.map(self.pixels_of, new)))
-        items = []
-        for file, i in zip(files, indices):
-            pixels = decoded[file] if file in decoded else self.kept[file]
-            if pixels is not None:
-                items.append((torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i]))
-        return items
-
-    def __getitem__(self, index):
-        if items := self.__getitems__([index]):
-            return items[0]
-        file = self.files[index]
-        raise InputError(f"{self.folder / file} {self.skipped[file]}")
-
     def collate_fn(self, items):
         """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
         width, height = self.size
-        if not items:
-            return torch.zeros(0, 3, height, width, dtype=torch.uint8), torch.zeros(0).long()
-        pixels, labels = zip(*items)
-        channels_last = torch.stack([each.permute(1, 2, 0) for each in pixels])
-        return channels_last.permute(0, 3, 1, 2), torch.tensor(labels)
+        pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8)
+        for row, (picture, _) in zip(pixels, items):
+            row.copy_(picture.permute(1, 2, 0))         # channels last in memory
+        return pixels.permute(0, 3, 1, 2), torch.tensor([label for _, label in items]).long()
 
     def first_pixels(self, count):
         """uint8 (n, 3, height, width) of the first usable pictures, at most `count`, on DEVICE."""
         items = []
         for start in range(0, len(self), count):
-            items += self.__getitems__(range(start, min(start + count, len(self))))
-            if len(items) >= count:
-                break
+            if len(items) < count:
+                items += self.__getitems__(range(start, min(start + count, len(self))))
         self.usable()       # at least one
         return self.collate_fn(items[:count])[0].to(DEVICE)
 
@@ -408,11 +382,7 @@ class CatDogDataset(Dataset):
         """CRC-32 of the labels and the bytes of the usable files, whatever these are called."""
         crc = 0
         for file, label in self.usable():
-            try:
-                content = (self.folder / file).read_bytes()
-            except OSError:
-                raise InputError("pictures came or went while the run looked at them: run it "
-                                 "again") from None
+            content = (self.folder / file).read_bytes()
             crc = zlib.crc32(content, zlib.crc32(bytes([label]), crc))
         return crc
 
@@ -905,6 +875,80 @@ class INT8Layer:
         return y.clip_(outputs.low, outputs.high).view(outputs.dtype)       # its int8 reaches -128
 
 # %% [markdown]
+# Which engine is right on this CPU, and what quantization made of each layer.
+
+# %%
+def kernels_overflow(int8_model):
+    """Whether this CPU's INT8 kernels overflow with this model's weights.
+
+    x86 without VNNI adds pairs of products in 16 bits. The worst case is all inputs at their
+    largest: there the kernels' sums (M = 1, no bias) are compared with the exact ones.
+    """
+    for layer in LAYERS:
+        weight = int8_model.get_submodule(layer.name).weight
+        inputs = int8_model.integers[layer.input]
+        size = weight.shape[1:2] if weight.dim() == 2 else (weight.shape[1], 9, 9)
+        x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
+        no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        exact, fast = [INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None,
+                                 kernel)(x) for kernel in (False, True)]
+        if (exact != fast).any():
+            return True
+    return False
+
+@torch.inference_mode()
+def choose_engine(int8_model, pixels=None):
+    """Prepare a model for the engine of INT8_ENGINE: "auto" takes the kernels if they are right.
+
+    They are right if every activation equals the reference's on pixels, uint8 (n, 3, h, w), by
+    default noise. Returns {"compared": values, "different": values, "why": in words}.
+    """
+    int8_model.prepare("reference")
+    if INT8_ENGINE == "reference":
+        return {"compared": 0, "different": 0, "why": "INT8_ENGINE asks for it"}
+    if pixels is None:
+        width, height = int8_model.recipe["IMAGE_SIZE"]
+        noise = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
+        pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
+    try:
+        overflow = kernels_overflow(int8_model)
+        found = activations_of(copy.copy(int8_model).prepare("onednn"), pixels)
+    except (AttributeError, RuntimeError) as error:
+        if INT8_ENGINE == "onednn":
+            reason = " ".join(str(error).split())
+            raise InputError(f'INT8_ENGINE = "onednn": there are no INT8 kernels here ({reason}); '
+                             'set it to "auto"') from None
+        return {"compared": 0, "different": 0, "why": "there are no INT8 kernels here"}
+    expected = activations_of(int8_model, pixels)
+    different = sum(int((found[name] != expected[name]).sum()) for name in ACTIVATIONS)
+    why = "its kernels agree with the reference"
+    if overflow:
+        why = "the INT8 kernels overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
+    elif different:
+        why = "this CPU's kernels give other integers"
+    if INT8_ENGINE == "onednn" or not (overflow or different):
+        int8_model.prepare("onednn")
+    compared = sum(values.numel() for values in expected.values())
+    return {"compared": compared, "different": different, "why": why}
+
+def layer_table(int8_model):
+    """{heading: value per layer} of what quantization made of each layer."""
+    table = {heading: [] for heading in (
+        "layer", "weight shape", "output range", "scale in", "scale out", "smallest weight scale",
+        "largest weight scale", "bits of sum")}
+    for layer in LAYERS:
+        module, scale_out = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
+        largest_sum = int(int8_model.int8_layer(layer).largest_sum.max())
+        row = (layer.name, "x".join(map(str, module.weight.shape)),
+               int8_model.integers[layer.output].high / scale_out.item(),
+               int8_model.scale(layer.input).item(),
+               "FP32" if int8_model.is_fp32(layer.output) else scale_out.item(),
+               module.w_scale.min().item(), module.w_scale.max().item(), largest_sum.bit_length())
+        for column, value in zip(table.values(), row):
+            column.append(value)
+    return table
+
+# %% [markdown]
 # ## Closer to FP32
 # Rounding each weight to the nearest integer is not the best that integers can do. Four methods
 # come closer with the same INT8 arithmetic, and none needs a label: HEADROOM (in `cl_scale`), which
@@ -1053,7 +1097,7 @@ def quantize_network(folded, pixels, recipe):
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
 
 class Placeholder:
-    """An object of any of PICKLED_CLASSES: it keeps attributes, its arguments do nothing."""
+    """Stands for every class of PICKLED_CLASSES. Its arguments do nothing."""
 
     def __init__(self, *arguments):
         pass
@@ -1073,23 +1117,22 @@ def tensors_of(module):
     return tensors
 
 def read_checkpoint(file):
-    """({name: tensor}, recipe or None) of a checkpoint, a path or a file object; else InputError."""
+    """({name: tensor}, recipe or None) of a checkpoint, a path or a file object; or InputError."""
     if isinstance(file, (str, Path)) and not os.path.isfile(file):
         raise InputError(f"no checkpoint {file}: put the file there or set CHECKPOINT")
     try:
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            if len(set(names)) < len(names):
+            parts = archive.infolist()
+            if len({part.filename for part in parts}) < len(parts):
                 raise ValueError("two parts of one name")
-            if sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
+            if sum(part.file_size for part in parts) > LARGEST_CHECKPOINT:
                 raise ValueError("too large when unpacked")
-            if archive.testzip():           # torch.load would take a flipped bit for a weight
-                raise ValueError("a wrong checksum")
-            stored = rezip(archive, zipfile.ZIP_STORED)         # torch.load reads no compressed one
+            # reading checks every byte: torch.load would take a flipped bit for a weight
+            checked = copy_zip(archive, zipfile.ZIP_STORED)
         inert = [(Placeholder, name) for name in PICKLED_CLASSES]
         quietly = warnings.catch_warnings(action="ignore")
         with quietly, torch.serialization.safe_globals(inert):
-            saved = torch.load(stored, map_location="cpu", weights_only=True)
+            saved = torch.load(checked, map_location="cpu", weights_only=True)
         model = saved["model"]
         tensors = tensors_of(model) if isinstance(model, Placeholder) else dict(model)
         return tensors, saved.get("recipe")
@@ -1098,11 +1141,10 @@ def read_checkpoint(file):
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
         if unsafe:
             reason = f"holds {unsafe[1]}, which this network does not need; it was not loaded"
-        raise InputError(f"checkpoint {file} {reason}: give a file with {{'model': state_dict}}"
-                         ) from None
+        raise InputError(f"checkpoint {file} {reason}: give {{'model': state_dict}}") from None
 
-def rezip(archive, compression):
-    """A file object with the same parts, without their times: equal parts make equal bytes."""
+def copy_zip(archive, compression):
+    """A file object with the parts of a zip archive, without times: equal parts, equal bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as copied:
         for name in archive.namelist():
@@ -1128,7 +1170,7 @@ def problem_of(name, found, needed):
     return None
 
 def fill(model, tensors, file):
-    """Load the tensors that a model needs, and return it on DEVICE, ready to run; or InputError."""
+    """Load the tensors that a model needs; return it on DEVICE, ready to run; or InputError."""
     needed = {name: value for name, value in model.state_dict().items()
               if not name.endswith("num_batches_tracked")}
     for name, value in needed.items():
@@ -1138,7 +1180,7 @@ def fill(model, tensors, file):
     return model.to(DEVICE).eval().to(memory_format=torch.channels_last)
 
 def load_checkpoint(file):
-    """The CNN_Model of {"model": state_dict or CNN_Model}, a path or a file object; or InputError."""
+    """The CNN_Model of FP32 weights: {"model": state_dict, or the notebook's CNN_Model}."""
     tensors, recipe = read_checkpoint(file)
     if recipe is not None:
         raise InputError(f"checkpoint {file} is the INT8 network of a run: set CHECKPOINT to FP32 "
@@ -1151,7 +1193,7 @@ def int8_checkpoint(int8_model):
     file = io.BytesIO()
     torch.save({"recipe": int8_model.recipe, "model": tensors}, file)
     with zipfile.ZipFile(file) as archive:
-        return rezip(archive, zipfile.ZIP_DEFLATED).getvalue()
+        return copy_zip(archive, zipfile.ZIP_DEFLATED).getvalue()
 
 def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
@@ -1172,7 +1214,8 @@ def load_int8_checkpoint(file):
             if (module.get_buffer(name).long().abs() > limit).any():
                 raise InputError(f"checkpoint {file}: {layer.name}.{name} has an integer in it "
                                  f"beyond {limit}; quantize again")
-        if not (int8_model.int8_layer(layer).largest_sum * int8_model.multiplier(layer)).isfinite().all():
+        outputs = int8_model.int8_layer(layer).largest_sum * int8_model.multiplier(layer)
+        if not outputs.isfinite().all():
             raise InputError(f"checkpoint {file}: scales around {layer.name} overflow FP32; "
                              "quantize again")
     return int8_model
@@ -1196,12 +1239,6 @@ def write_files(folder, contents):
         for path in temporary.values():
             path.unlink(missing_ok=True)
 
-def make_writable(folder):
-    """Make the folder, and try now, not after the run, whether it can be written to."""
-    probe = f"{os.getpid()}.probe"
-    write_files(folder, {probe: bytes(2**23)})          # more than a run writes
-    (folder / probe).unlink()
-
 # %% [markdown]
 # ## The passes
 # Calibration and evaluation are the same pass over the pictures; calibration observes the ranges.
@@ -1211,17 +1248,13 @@ TIMED_ROUNDS = 15       # the median counts
 ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
 
 class Predictions(NamedTuple):
-    """What a network answered for n pictures."""
+    """What a network answered for n pictures of a dataset."""
     pictures: CatDogDataset
     files: list             # n names
     labels: torch.Tensor    # int64 (n,)
     logits: torch.Tensor    # FP32 (n, classes)
+    classes: torch.Tensor   # int64 (n,), the largest logit's; of equal ones the first
     top1: float             # percent of the pictures whose class is their label
-
-    @property
-    def classes(self):
-        """Index of the largest logit, (n,); the first where two are equal."""
-        return self.logits.argmax(1)
 
 @torch.inference_mode()
 def evaluate(name, model, pictures, observe=no_observer):
@@ -1239,14 +1272,14 @@ def evaluate(name, model, pictures, observe=no_observer):
         now = time.perf_counter()
         if now - reported >= 10:
             left = (now - start) / len(labels) * (len(pictures) - len(labels))
-            print(f"{name} Top1: {meter.value()[0]:.3f}, {len(labels)} of {len(pictures)} pictures, "
-                  f"{left:.0f} seconds left")
+            print(f"{name} Top1: {meter.value()[0]:.3f}, {len(labels)} of {len(pictures)} "
+                  f"pictures, {left:.0f} seconds left")
             reported = now
-    files = [file for file, _ in pictures.usable()]
-    top1 = float(meter.value()[0])
+    files, top1 = [file for file, _ in pictures.usable()], float(meter.value()[0])
     print(f"{name} Top1: {top1:.3f}, {len(files)} of {len(pictures)} pictures of "
           f"{display_path(pictures.folder)}")
-    return Predictions(pictures, files, torch.tensor(labels), torch.tensor(logits), top1)
+    labels, logits = torch.tensor(labels), torch.tensor(logits)
+    return Predictions(pictures, files, labels, logits, logits.argmax(1), top1)
 
 def calibrate(folded, pictures):
     """The FP32 pass that observes the ranges of a folded network. Returns its Predictions."""
@@ -1266,59 +1299,6 @@ def check_unchanged(step, model, other, pixels, tolerance):
     if not change <= tolerance * largest:       # NaN, too
         raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
                          f"{largest:.3g}: give a checkpoint with smaller weights")
-
-def kernels_overflow(int8_model):
-    """Whether this CPU's INT8 kernels overflow with this model's weights.
-
-    x86 without VNNI adds pairs of products in 16 bits. The worst case is all inputs at their
-    largest: there the kernels' sums (M = 1, no bias) are compared with the exact ones.
-    """
-    for layer in LAYERS:
-        weight, inputs = int8_model.get_submodule(layer.name).weight, int8_model.integers[layer.input]
-        size = weight.shape[1:2] if weight.dim() == 2 else (weight.shape[1], 9, 9)
-        x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
-        no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-        exact, fast = [INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None,
-                                 kernel)(x) for kernel in (False, True)]
-        if (exact != fast).any():
-            return True
-    return False
-
-@torch.inference_mode()
-def choose_engine(int8_model, pixels=None):
-    """Prepare a model for the engine of INT8_ENGINE: "auto" takes the kernels if they are right.
-
-    They are right if every activation equals the reference's on pixels, uint8 (n, 3, h, w), by
-    default noise. Returns {"compared": values, "different": values, "why": in words}.
-    """
-    if INT8_ENGINE == "reference":
-        int8_model.prepare("reference")
-        return {"compared": 0, "different": 0, "why": "INT8_ENGINE asks for it"}
-    if pixels is None:
-        width, height = int8_model.recipe["IMAGE_SIZE"]
-        noise = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
-        pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
-    try:
-        found = activations_of(copy.copy(int8_model).prepare("onednn"), pixels)
-        overflow = kernels_overflow(int8_model)
-    except (AttributeError, RuntimeError) as error:
-        if INT8_ENGINE == "onednn":
-            reason = " ".join(str(error).split())
-            raise InputError(f'INT8_ENGINE = "onednn": there are no INT8 kernels here ({reason}); '
-                             'set it to "auto"') from None
-        int8_model.prepare("reference")
-        return {"compared": 0, "different": 0, "why": "there are no INT8 kernels here"}
-    expected = activations_of(copy.copy(int8_model).prepare("reference"), pixels)
-    different = sum(int((found[name] != expected[name]).sum()) for name in ACTIVATIONS)
-    why = "its kernels agree with the reference"
-    if overflow:
-        why = "the INT8 kernels overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
-    elif different:
-        why = "this CPU's kernels give other integers"
-    wrong = INT8_ENGINE == "auto" and (overflow or different)
-    int8_model.prepare("reference" if wrong else "onednn")
-    compared = sum(values.numel() for values in expected.values())
-    return {"compared": compared, "different": different, "why": why}
 
 @torch.inference_mode()
 def time_networks(networks, pixels):
@@ -1340,14 +1320,13 @@ LISTED = 20         # pictures of a kind that the terminal lists; report.json ha
 LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it answers change
 OUTLIER = 100       # times the median: a channel this strong leaves few integers to the others
 
-def decibels(signal, noise):
-    """Ratio of two energies in dB; None when there is no noise."""
-    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
-
 def sqnr_db(signal, changed):
     """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
     signal, changed = signal.double(), changed.double()
-    return decibels(signal.square().sum().item(), (signal - changed).square().sum().item())
+    noise = (signal - changed).square().sum().item()
+    if noise == 0:
+        return None
+    return 10 * math.log10(max(signal.square().sum().item() / noise, 1e-300))
 
 def wilson(correct, n, z=1.959964):
     """95 % Wilson score interval of a share, in percent (Wilson 1927)."""
@@ -1391,39 +1370,18 @@ def compare(fp32, int8):
             "logit_sqnr_db": sqnr_db(fp32.logits, int8.logits), "flips": flips,
             "mcnemar": {"corrected": corrected, "broken": broken, "p": mcnemar(corrected, broken)}}
 
-def weight_widths(recipe):
-    """The different bits of all layers' weights, in order."""
-    return sorted({layer_bit(recipe, layer) for layer in LAYERS})
-
 def name_of(recipe):
     """INT8, or with fewer bits a name such as W4-8A8: 4 to 8 for weights, 8 for activations."""
-    widths = weight_widths(recipe)
+    widths = sorted({layer_bit(recipe, layer) for layer in LAYERS})
     if widths == [8] and recipe["BIT"] == 8:
         return "INT8"
-    narrowest_and_widest = sorted({widths[0], widths[-1]})
-    return f"W{'-'.join(map(str, narrowest_and_widest))}A{recipe['BIT']}"
+    weights = f"{widths[0]}-{widths[-1]}" if len(widths) > 1 else widths[0]
+    return f"W{weights}A{recipe['BIT']}"
 
 def shorten(name, width):
     """A file's name as it is printed, cut at the front where it is too long."""
     name = printable(name)
     return name if len(name) <= width else f"...{name[3 - width:]}"
-
-def layer_table(int8_model):
-    """{heading: value per layer} of what quantization made of each layer."""
-    table = {heading: [] for heading in (
-        "layer", "weight shape", "output range", "scale in", "scale out", "smallest weight scale",
-        "largest weight scale", "bits of sum")}
-    for layer in LAYERS:
-        module, scale_out = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
-        largest_sum = int(int8_model.int8_layer(layer).largest_sum.max())
-        row = (layer.name, "x".join(map(str, module.weight.shape)),
-               int8_model.integers[layer.output].high / scale_out.item(),
-               int8_model.scale(layer.input).item(),
-               "FP32" if int8_model.is_fp32(layer.output) else scale_out.item(),
-               module.w_scale.min().item(), module.w_scale.max().item(), largest_sum.bit_length())
-        for column, value in zip(table.values(), row):
-            column.append(value)
-    return table
 
 def print_columns(columns, width=80):
     """Print {heading: values}, a heading's words below each other, in blocks of at most `width`."""
@@ -1442,25 +1400,24 @@ def print_columns(columns, width=80):
 
 def print_summary(report):
     """The figures of a report, in lines of at most 80 characters."""
-    pictures, name = report["images"]["evaluated"], name_of(report["recipe"])
-    sqnr = report["logit_sqnr_db"]
-    networks = {"FP32": report["fp32"], name: report["int8"]}
-    print("\nSummary      Top1              right   95 % interval  ms per picture  file bytes")
-    for label, row in networks.items():
-        low, high = row["interval95"]
-        right, interval = f"{row['correct']:,} of {pictures:,}", f"{low:.1f} to {high:.1f} %"
-        print(f"{label:<7}{row['top1']:>8.3f} %{right:>19}{interval:>16}"
-              f"{row['ms_per_image']:>16.2f}{row['file_bytes']:>12,}")
-    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
-          f"{'infinite' if sqnr is None else f'{sqnr:.1f} dB'}, {name} {report['speedup']:.1f} times "
-          "as fast")
-    if weight_widths(report["recipe"])[0] < 8:
+    name, sqnr, test = name_of(report["recipe"]), report["logit_sqnr_db"], report["mcnemar"]
+    rows = [report["fp32"], report["int8"]]
+    columns = {
+        "Summary": ["FP32", name],
+        "Top-1": [f"{row['top1']:.3f} %" for row in rows],
+        "95 % interval": ["{:.1f} to {:.1f} %".format(*row["interval95"]) for row in rows]}
+    for i, label in enumerate(CLASSES):
+        right = [f"{row['confusion'][i][i]:,} of {sum(row['confusion'][i]):,}" for row in rows]
+        columns[f"{label} right"] = right
+    columns["ms per picture"] = [f"{row['ms_per_image']:.2f}" for row in rows]
+    columns["file bytes"] = [f"{row['file_bytes']:,}" for row in rows]
+    print()
+    print_columns(columns)
+    sqnr = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
+    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {sqnr}, "
+          f"{name} {report['speedup']:.1f} times as fast")
+    if not name.startswith(("INT8", "W8")):
         print("Fewer weight bits shrink the file; they do not speed it up.")
-    for label, row in networks.items():
-        rights = [f"{each} {row['confusion'][i][i]}/{sum(row['confusion'][i])}"
-                  for i, each in enumerate(CLASSES)]
-        print(f"{label} is right on {', '.join(rights)}")
-    test = report["mcnemar"]
     if test["corrected"] or test["broken"]:
         verdict = "which could be chance" if test["p"] >= 0.05 else "which is more than chance"
         print(f"{name} corrects {test['corrected']} and breaks {test['broken']} of FP32's answers, "
@@ -1469,46 +1426,43 @@ def print_summary(report):
         print("Calibration and evaluation use the same pictures: this flatters the ranges and\n"
               "hides what HEADROOM does.")
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
-          "were left out")
+          "were left out; report.json has all")
     for flip in report["flips"][:LISTED]:
-        logits = [" ".join(f"{each} {logit:.3f}" for each, logit in zip(CLASSES, flip[key]))
-                  for key in ("fp32_logits", "int8_logits")]
+        fp32, int8 = [" ".join(f"{each} {logit:.3f}" for each, logit in zip(CLASSES, flip[key]))
+                      for key in ("fp32_logits", "int8_logits")]
         print(f"  {shorten(flip['file'], 50)} ({flip['label']}), {flip['effect']}\n"
-              f"    FP32 {logits[0]}, margin {flip['fp32_margin']:.3f}; {name} {logits[1]}")
+              f"    FP32 {fp32}, margin {flip['fp32_margin']:.3f}; {name} {int8}")
     for row in report["skipped"][:LISTED]:
         print(f"  {shorten(row['file'], 78)}\n"
               f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")
-    if max(len(report["flips"]), len(report["skipped"])) > LISTED:
-        print(f"  (at most {LISTED} of a kind are shown here; all are in report.json)")
 
 def hints(report, folded, int8_model):
     """What to look at next, in at most three sentences; none where nothing stands out."""
-    found, ranges = [], folded.ranges
-    images, top1, sqnr = report["images"], report["fp32"]["top1"], report["logit_sqnr_db"]
-    chance, (low, high) = 100 / len(CLASSES), report["fp32"]["interval95"]
-    if high < chance:
-        found.append(f"FP32 Top-1 of {top1:.1f} % is worse than guessing: do the labels in the "
-                     "files' names belong to other classes than the weights were trained on?")
-    elif low < chance and images["evaluated"] >= SAMPLE:
-        found.append(f"FP32 Top-1 of {top1:.1f} % is near guessing: were the weights trained on "
-                     "pixels from 0 to 255, and on these labels?")
+    top1, (low, high) = report["fp32"]["top1"], report["fp32"]["interval95"]
+    chance, images, sqnr = 100 / len(CLASSES), report["images"], report["logit_sqnr_db"]
     bias_bit = int8_model.recipe["BIAS_BIT"]
     biases = {layer.name: int8_model.get_submodule(layer.name).bias.long() for layer in LAYERS}
-    clipped = {name: bias.abs() == 2**(bias_bit - 1) - 1 for name, bias in biases.items()}
-    if where := counts(clipped):
-        found.append(f"BIAS_BIT = {bias_bit} clips biases ({where}): more bits avoid it.")
-    if sqnr is not None and sqnr < LOW_SQNR:
-        times, name = max((outlier(ranges[layer.output]), layer.output) for layer in LAYERS[:-1])
-        strongest = (f" {name}'s strongest channel is {times:,.0f} times its median one, and all "
-                     "share one scale." if times >= OUTLIER else "")
-        found.append(f"Logit SQNR is below {LOW_SQNR} dB: python tools/explain.py shows where the "
-                     f"error arises.{strongest}")
-    if where := counts({name: values == 0 for name, values in ranges.items()}):
-        found.append(f"Channels that were never active in calibration: {where}.")
-    if images["calibrated"] < SAMPLE:
-        found.append(f"Only {images['calibrated']} calibration pictures: other pictures may exceed "
-                     f"their ranges. {SAMPLE} or more are better.")
-    return found[:3]
+    clipped = counts({name: bias.abs() == 2**(bias_bit - 1) - 1 for name, bias in biases.items()})
+    silent = counts({name: ranges == 0 for name, ranges in folded.ranges.items()})
+    times, name = max((outlier(folded.ranges[layer.output]), layer.output) for layer in LAYERS[:-1])
+    strongest = (f" {name}'s strongest channel is {times:,.0f} times its median one, and all share "
+                 "one scale." if times >= OUTLIER else "")
+    found = [
+        (high < chance,
+         f"FP32 Top-1 of {top1:.1f} % is worse than guessing: do the labels in the files' names "
+         "belong to other classes than the weights were trained on?"),
+        (low < chance <= high and images["evaluated"] >= SAMPLE,
+         f"FP32 Top-1 of {top1:.1f} % is near guessing: were the weights trained on pixels from 0 "
+         "to 255, and on these labels?"),
+        (clipped, f"BIAS_BIT = {bias_bit} clips biases ({clipped}): more bits avoid it."),
+        (sqnr is not None and sqnr < LOW_SQNR,
+         f"Logit SQNR is below {LOW_SQNR} dB: python tools/explain.py shows where the error "
+         f"arises.{strongest}"),
+        (silent, f"Channels that were never active in calibration: {silent}."),
+        (images["calibrated"] < SAMPLE,
+         f"Only {images['calibrated']} calibration pictures: other pictures may exceed their "
+         f"ranges. {SAMPLE} or more are better.")]
+    return [hint for applies, hint in found if applies][:3]
 
 def counts(masks):
     """{name: mask} -> "2 of 8 in cv4", say, for those that are true anywhere."""
@@ -1545,22 +1499,21 @@ def add_run(path, row):
     One write appends it, so that two runs at once lose no row. A table with other columns is
     renamed, not destroyed. Raises InputError where the file cannot be written.
     """
-    header, line = csv_line(row), csv_line(row.values())
+    header, line, text = csv_line(row), csv_line(row.values()), ""
     try:
-        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-        if text and text.split("\n")[0].rstrip("\r") != header:
+        if path.exists():
+            text = path.read_bytes().decode("utf-8", "replace").replace("\r", "")
+        if text and not text.startswith(header):
             aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}")
             path.rename(aside)
-            print(f"{display_path(path)} has other columns than this run: kept as {aside.name}")
+            print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
             text = ""
-        added = f"{line}\n" if text else f"{header}\n{line}\n"
-        if text and not text.endswith("\n"):
-            added = f"\n{added}"
+        before = header if not text else "" if text.endswith("\n") else "\n"
         with open(path, "ab") as file:
-            file.write(added.encode())
+            file.write((before + line).encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}; set OUTPUT_DIR") from None
-    rows = [parsed_run(each, list(row)) for each in text.split("\n")[1:]
+    rows = [parsed_run(each, list(row)) for each in text.splitlines(keepends=True)
             if each.strip() and each != header]     # two first runs at once make two headers
     if None in rows:
         print(f"{display_path(path)}: {rows.count(None)} rows cannot be read and are left out")
@@ -1568,7 +1521,7 @@ def add_run(path, row):
 
 def csv_line(cells):
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
+    csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
 
 def parsed_run(line, columns):
@@ -1611,18 +1564,19 @@ def print_runs(rows):
 # %%
 def end_in_one_line(kind, error, trace):
     """sys.excepthook of the run: one line for bad input and for Ctrl-C, none for `| head`."""
-    if issubclass(kind, InputError):
-        print(error, file=sys.stderr)
+    if issubclass(kind, BrokenPipeError):       # nobody reads on: the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped by Ctrl-C", file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):     # nobody reads on: the rest goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif issubclass(kind, (InputError, OSError)):
+        print(error, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 if __name__ == "__main__":
     sys.excepthook = end_in_one_line
-    set_constants(command_line(), __doc__)
+    if "__file__" in globals():         # a notebook's kernel has other arguments
+        set_constants(sys.argv[1:], __doc__)
     prepare_process()
     constants = read_constants()
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
@@ -1631,7 +1585,6 @@ if __name__ == "__main__":
     evaluation = calibration = CatDogDataset(resolve_path(DATA_DIR, EVALUATION_SPLIT))
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
-    make_writable(output)
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
     calibrated = int8_model = int8 = None       # in a notebook: those of other constants
 
@@ -1659,8 +1612,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Calibrate
-# The observers see every calibration picture. Each range printed is that of the activation's largest
-# channel; an outlier channel makes the step of the whole activation coarse.
+# The observers see every calibration picture. Each range printed is that of the activation's
+# strongest channel; an outlier makes the step of the whole activation coarse.
 
 # %%
 if __name__ == "__main__":
@@ -1673,8 +1626,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Quantize
 # Ranges become scales, and weights and biases integers. The table shows for each layer the largest
-# output that its integers cover (HEADROOM and equalization included), its scales, and how many of the
-# 31 bits of an int32 its largest possible sum takes.
+# output that its integers cover (HEADROOM and equalization included), its scales, and how many of
+# the 31 bits of an int32 its largest possible sum takes.
 
 # %%
 if __name__ == "__main__":
@@ -1703,7 +1656,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Evaluate
-# The same pictures on integers. INT8 is counted alone: the notebook's meter still held FP32's answers.
+# The same pictures on integers, counted alone: the notebook's meter still held FP32's answers.
 
 # %%
 if __name__ == "__main__":
@@ -1736,8 +1689,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Save
-# The INT8 network, after its file has been loaded back to the same logits; all figures; and a row in
-# the table of runs.
+# The INT8 network, once its file has been loaded back to the same logits, all figures, and a row
+# in the table of runs.
 
 # %%
 if __name__ == "__main__":

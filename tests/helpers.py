@@ -19,6 +19,7 @@ import pytest
 import quantize_catdog as script
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import oracle
 
@@ -27,7 +28,7 @@ SCRIPT = ROOT / "quantize_catdog.py"
 README = (ROOT / "README.md").read_text()
 PICTURES = ROOT / "cat_dog" / "val"
 SIZE = (224, 224)
-LAYERS, PLACES, DEVICE = script.LAYERS, script.PLACES, script.DEVICE
+LAYERS, ACTIVATIONS, DEVICE = script.LAYERS, script.ACTIVATIONS, script.DEVICE
 METHODS = ("EQUALIZE", "GPTQ", "BIAS_CORRECTION")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}      # for processes: where others hold its core a second one costs minutes
 KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where the INT8 kernels must be exact
@@ -184,21 +185,27 @@ def stopped(process, place, before):
 
 # pictures and checkpoints
 
-class Pictures:
-    """Pixels as a CatDogDataset gives them. All are cats where no labels say otherwise."""
+def to_tensor(pictures):
+    """n times uint8 (height, width, 3) -> uint8 (n, 3, height, width), channels last in memory."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
-    def __init__(self, pixels, labels=None, batch=2):
-        self.pixels, self.batch, self.folder = pixels, batch, script.ROOT / "planted"
-        self.labels = torch.zeros(len(pixels), dtype=torch.int64) if labels is None else torch.tensor(labels)
+
+class Pictures(script.CatDogDataset):
+    """A CatDogDataset of these pixels, without files. All are cats where no labels say otherwise."""
+
+    def __init__(self, pixels, labels=None):
+        self.pixels, self.size = pixels, tuple(pixels.shape[:1:-1])
+        self.folder, self.skipped, self.kept = script.ROOT / "planted", {}, {}
+        self.labels = [0] * len(pixels) if labels is None else list(labels)
         self.files = [f"cat.{i}.jpg" for i in range(len(pixels))]
 
-    def __len__(self):
-        return len(self.pixels)
+    def __getitems__(self, indices):
+        return [(self.pixels[i], self.labels[i]) for i in indices]
 
-    def batches(self):
-        for start in range(0, len(self), self.batch):
-            some = slice(start, start + self.batch)
-            yield self.pixels[some], self.labels[some], self.files[some]
+
+def batches(pictures, size=5):
+    """(pixels, labels) of a CatDogDataset, batch by batch, as the run's DataLoader gives them."""
+    return DataLoader(pictures, size, collate_fn=pictures.collate_fn)
 
 
 def png_header_that_promises(width, height):
@@ -269,8 +276,9 @@ def loaded(state):
 def quantized(state, **recipe):
     """(INT8_Model, pixels): calibrated on one picture by the recipe in the constants, and that picture."""
     folded = loaded(state).fused()
-    recipe = script.current_recipe() | recipe
-    pixels = script.to_tensor([script.decode(PICTURES / "cat.0.jpg", recipe["IMAGE_SIZE"])])
+    recipe = script.read_constants(script.LEGAL_RECIPE) | recipe
+    pixels = to_tensor([script.decode(PICTURES / "cat.0.jpg", recipe["IMAGE_SIZE"])])
+    folded.reset_ranges()
     with torch.no_grad():
         folded(pixels, folded.update_range)
     return folded.cl_scale(recipe), pixels
@@ -358,10 +366,10 @@ def observed(state, pixels):
 
 
 def scales_of(model):
-    return {place: model.scale_at(place).cpu().numpy() for place in PLACES}
+    return {name: model.scale(name).cpu().numpy() for name in ACTIVATIONS}
 
 
 def integers_of(model):
-    parts = {layer.name: model.part(layer) for layer in LAYERS}
-    return {name: (part.weight.cpu().numpy(), part.bias.cpu().numpy(), part.w_scale.cpu().numpy())
-            for name, part in parts.items()}
+    modules = {layer.name: model.get_submodule(layer.name) for layer in LAYERS}
+    return {name: (module.weight.cpu().numpy(), module.bias.cpu().numpy(), module.w_scale.cpu().numpy())
+            for name, module in modules.items()}

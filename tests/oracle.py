@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 # layer, its batch norm, the place it reads from, the place it writes to
 LAYERS = [("cnn1", "bn1", "input", "cv1"), ("cnn2", "bn2", "cv1", "cv2"), ("cnn3", "bn3", "cv2", "cv3"),
           ("cnn4", "bn4", "cv3", "cv4"), ("fc1", None, "cv4", "fc1"), ("fc2", None, "fc1", "fc2")]
-PLACES = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
+ACTIVATIONS = ["input", "cv1", "cv2", "cv3", "cv4", "fc1", "fc2"]
 TINY = np.float32(1e-12)            # a range below it counts as this
 
 # bit: width of the integers at the places; weight_bit and bias_bit: of those of the weights and biases; layer_bits:
@@ -109,7 +109,7 @@ def scales(recipe, ranges):
     """{place: scale} of {place: largest magnitude at it}."""
     room = {"cv4": recipe.headroom, "fc1": recipe.headroom}                     # what the fully connected layers read
     return {place: divide(limits(recipe, place)[1], np.maximum(np.float32(ranges[place] * room.get(place, 1)), TINY))
-            for place in PLACES}
+            for place in ACTIVATIONS}
 
 
 def quantize(x, scale, low, high):

@@ -23,7 +23,7 @@ from helpers import (
     MANY,
     METHODS,
     PIXELS,
-    PLACES,
+    ACTIVATIONS,
     SCRIPT,
     STATE,
     Pictures,
@@ -66,7 +66,7 @@ def constants(recipe):
 @torch.no_grad()
 def values_of(model, pixels):
     """{place: values} of an FP32 or INT8 model."""
-    return {place: values.cpu() for place, values in script.values_at(model, pixels.to(DEVICE)).items()}
+    return {place: values.cpu() for place, values in script.activations_of(model, pixels.to(DEVICE)).items()}
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def run(model, pixels):
 
 def channel_ranges_of(model):
     """A copy of {place: largest magnitude in each channel}."""
-    return {place: model.range_at(place).cpu().numpy().copy() for place in PLACES}
+    return {place: model.ranges[place].cpu().numpy().copy() for place in ACTIVATIONS}
 
 
 def ranges_of(model):
@@ -104,14 +104,14 @@ def assert_same_state(model, state):
 
 
 def weights_of(folded):
-    parts = {layer.name: folded.part(layer) for layer in LAYERS}
+    parts = {layer.name: folded.get_submodule(layer.name) for layer in LAYERS}
     return {name: (part.weight.detach().cpu().numpy(), part.bias.detach().cpu().numpy())
             for name, part in parts.items()}
 
 
 def assert_same_values(found, expected):
     """{place: values} of one pass and another, to the last bit."""
-    assert list(found) == list(expected) == PLACES
+    assert list(found) == list(expected) == ACTIVATIONS
     for place, values in expected.items():
         assert found[place].dtype == values.dtype, place
         np.testing.assert_array_equal(found[place], values, err_msg=place)
@@ -121,7 +121,7 @@ def assert_same_pass(recipe, int8, pixels):
     """Hold every layer's integers, and the logits, of both engines to the oracle's; return what was computed."""
     expected, totals, expected_logits = oracle.int8_pass(recipe, pixels.numpy(), scales_of(int8), integers_of(int8))
     places, logits = run(int8, pixels)
-    assert list(places) == PLACES
+    assert list(places) == ACTIVATIONS
     for place in expected:
         np.testing.assert_array_equal(places[place].numpy(), expected[place], err_msg=place)
     np.testing.assert_allclose(logits, expected_logits, rtol=1e-6, atol=1e-6 * np.abs(expected_logits).max())
@@ -168,12 +168,12 @@ def test_importing_runs_nothing(tmp_path, monkeypatch, capfd):
 
 
 def test_constants_are_the_default_recipe():
-    assert script.current_recipe() == as_constants(default(), *METHODS)
+    assert script.read_constants(script.LEGAL_RECIPE) == as_constants(default(), *METHODS)
     for recipe in (notebook(5, 3), MIXED):
         with constants(recipe):
-            assert script.current_recipe() == as_constants(recipe, *METHODS)
+            assert script.read_constants(script.LEGAL_RECIPE) == as_constants(recipe, *METHODS)
             before = dict(recipe.layer_bits)
-            script.current_recipe()["LAYER_BITS"]["fc2"] = 2                    # of a copy: the constant stays
+            script.read_constants(script.LEGAL_RECIPE)["LAYER_BITS"]["fc2"] = 2                    # of a copy: the constant stays
             assert script.LAYER_BITS == before
 
 
@@ -184,9 +184,9 @@ def test_threads_are_at_most_sixteen(monkeypatch, cores, threads):
 
 
 def test_layers_are_the_oracles():
-    assert [(layer.name, layer.bn, layer.source, layer.place) for layer in LAYERS] == oracle.LAYERS
+    assert [(layer.name, layer.bn, layer.input, layer.output) for layer in LAYERS] == oracle.LAYERS
     assert [layer.is_conv for layer in LAYERS] == [True] * 4 + [False] * 2
-    assert PLACES == oracle.PLACES
+    assert ACTIVATIONS == oracle.ACTIVATIONS
 
 
 # Arithmetic
@@ -234,7 +234,7 @@ def test_max_pool_is_torchs(dtype, height, width):
 
 def test_fp32_network(expected):
     places, logits = run(network(STATE), PIXELS)
-    assert list(places) == PLACES
+    assert list(places) == ACTIVATIONS
     for place, values in expected.items():
         np.testing.assert_allclose(places[place], values, rtol=0, atol=1e-5 * np.abs(values).max(), err_msg=place)
     np.testing.assert_array_equal(logits, places["fc2"])
@@ -251,7 +251,7 @@ def test_ranges(calibrated, expected):
 
 def test_ranges_start_at_zero_but_for_the_input():
     """Whose pixels reach 255, whatever those that calibrate reach: no scale of the input depends on them."""
-    start = {place: 255 if place == "input" else 0 for place in PLACES}
+    start = {place: 255 if place == "input" else 0 for place in ACTIVATIONS}
     assert ranges_of(script.CNN_Model()) == start
     for largest in (0, 230, 255):
         model = observed(STATE, PIXELS.clip(max=largest))
@@ -265,8 +265,8 @@ def test_notebooks_integers_are_those_of_ranges_that_the_pictures_alone_set():
     model = observed(STATE, PIXELS)
     integers, expected = state_of(model.cl_scale(as_constants(notebook()))), channel_ranges_of(model)
     assert PIXELS.amax((0, 2, 3)).tolist() == [255] * 3
-    for place in PLACES:
-        model.range_at(place).zero_()
+    for place in ACTIVATIONS:
+        model.ranges[place].zero_()
     with torch.no_grad():
         model(PIXELS.to(DEVICE), model.update_range)
     assert_ranges(model, expected, rtol=0)
@@ -293,11 +293,11 @@ def test_range_is_of_the_values_after_relu():
 @pytest.mark.parametrize("place", ["fc1", "fc2"])
 def test_observer_takes_magnitudes(place):
     model = script.CNN_Model()
-    channels = len(model.range_at(place))
+    channels = len(model.ranges[place])
     for values, largest in [([-5.0, 2.0], [5.0, 2.0]), ([4.0, -4.5], [5.0, 4.5]), ([0.0, 6.0], [5.0, 6.0])]:
         data = torch.tensor([values, [1.0, -1.0]]).repeat(1, channels // 2)
         assert model.update_range(place, data) is data                  # goes on as it is
-        assert model.range_at(place).tolist() == largest * (channels // 2)
+        assert model.ranges[place].tolist() == largest * (channels // 2)
     seen = {other: largest for other, largest in ranges_of(model).items() if largest and other != "input"}
     assert seen == {place: 6.0}
 
@@ -323,7 +323,7 @@ def test_observers_keep_the_largest_of_all_batches():
     dim, bright = PIXELS // 4, PIXELS
     alone = [channel_ranges_of(observed(STATE, batch)) for batch in (dim, bright)]
     assert (alone[0]["cv1"] < alone[1]["cv1"]).any() and (alone[0]["fc2"] != alone[1]["fc2"]).any()
-    both = {place: np.maximum(alone[0][place], alone[1][place]) for place in PLACES}
+    both = {place: np.maximum(alone[0][place], alone[1][place]) for place in ACTIVATIONS}
     model = network(STATE).fused()
     for order in [(dim, bright), (bright, dim), (bright, dim, dim)]:
         observe(model, *order)
@@ -422,11 +422,11 @@ def test_at_sees_each_place_once_in_order(watched):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("taken", PLACES)
+@pytest.mark.parametrize("taken", ACTIVATIONS)
 def test_what_at_returns_goes_on(watched, taken):
     """From the place where other pictures' values take over, all is these pictures'."""
     ours, theirs = PIXELS.to(DEVICE), 255 - PIXELS.to(DEVICE)
-    our_values, their_values = script.values_at(watched, ours), script.values_at(watched, theirs)
+    our_values, their_values = script.activations_of(watched, ours), script.activations_of(watched, theirs)
     found = {}
 
     def take_over(place, values):
@@ -435,8 +435,8 @@ def test_what_at_returns_goes_on(watched, taken):
 
     logits = watched(ours, take_over)
     assert torch.equal(logits, watched(theirs)) and not torch.equal(logits, watched(ours))
-    for index, place in enumerate(PLACES):
-        values = our_values if index <= PLACES.index(taken) else their_values
+    for index, place in enumerate(ACTIVATIONS):
+        values = our_values if index <= ACTIVATIONS.index(taken) else their_values
         assert torch.equal(found[place], values[place]), place
 
 
@@ -479,7 +479,7 @@ def test_scales(case):
 def test_weights_and_biases(case):
     for layer in LAYERS:
         w, b = case.weights[layer.name]
-        in_scale = case.scales[layer.source]
+        in_scale = case.scales[layer.input]
         wq, bq, w_scale = case.integers[layer.name]
         if case.recipe.per_channel or case.recipe.layer_bits:
             formulas = oracle.mended_weights(w, b, in_scale, case.recipe, layer.name)
@@ -500,7 +500,7 @@ def test_integers_stand_for_the_weights(case):
         real = wq.reshape(group) / w_scale.reshape(-1, 1).astype(np.float64)
         assert (np.abs(real - w.reshape(group)) * w_scale.reshape(-1, 1)).max() < 0.5001
         assert (np.abs(wq).reshape(group).max(1) == oracle.largest_weight(case.recipe, layer.name)).all()
-        steps = b * (w_scale.astype(np.float64) * case.scales[layer.source])
+        steps = b * (w_scale.astype(np.float64) * case.scales[layer.input])
         largest = 2**(case.recipe.bias_bit - 1) - 1
         # a product of scales is an FP32 number, so a long bias is as long as those are precise
         assert (np.abs(bq - np.clip(steps, -largest, largest)) <= 0.5001 + 1e-6 * np.abs(steps)).all()
@@ -509,19 +509,19 @@ def test_integers_stand_for_the_weights(case):
 def test_dtypes(case):
     relu = torch.uint8 if case.recipe.unsigned else torch.int8
     places = case.places
-    assert [places[place].dtype for place in PLACES[:5]] == [relu] * 5
+    assert [places[place].dtype for place in ACTIVATIONS[:5]] == [relu] * 5
     assert places["fc1"].dtype == torch.int8
     assert places["fc2"].dtype == (torch.int8 if case.recipe.quantize_logits else torch.float32)
     assert case.logits.dtype == torch.float32 and case.logits.shape == (len(PIXELS), 2)
     for layer in LAYERS:
-        part = case.int8.part(layer)
+        part = case.int8.get_submodule(layer.name)
         assert (part.weight.dtype, part.bias.dtype, part.w_scale.dtype) == (torch.int8, torch.int32, torch.float32)
 
 
 # The INT8 pass. That every layer equals the oracle's is asserted where `case` is made.
 
 def test_pixels_and_relu_are_never_negative_and_fc1_is(case):
-    for place in PLACES[:5]:
+    for place in ACTIVATIONS[:5]:
         assert case.places[place].min() == 0, place
     assert case.places["input"].max() == oracle.limits(case.recipe, "input")[1]
     assert (case.places["fc1"] < 0).sum() > 10                      # a ReLU would leave none
@@ -530,24 +530,24 @@ def test_pixels_and_relu_are_never_negative_and_fc1_is(case):
 def test_notebooks_requantization_differs_at_ties_alone(case):
     different = total = 0
     for layer in LAYERS:
-        if case.places[layer.place].dtype == torch.float32:
+        if case.places[layer.output].dtype == torch.float32:
             continue
-        low, high = oracle.limits(case.recipe, layer.place)
-        theirs = oracle.notebook_requantize(case.totals[layer.place], case.scales[layer.source], case.integers[
-            layer.name][2], case.scales[layer.place], 0 if layer.bn else low, high)
-        change = np.abs(theirs - case.places[layer.place].numpy())
+        low, high = oracle.limits(case.recipe, layer.output)
+        theirs = oracle.notebook_requantize(case.totals[layer.output], case.scales[layer.input], case.integers[
+            layer.name][2], case.scales[layer.output], 0 if layer.bn else low, high)
+        change = np.abs(theirs - case.places[layer.output].numpy())
         assert change.max() <= 1
         different, total = different + change.sum(), total + change.size
     assert different <= 1e-5 * total
 
 
 def test_accumulator_bits(case):
-    rows = {row["name"]: row for row in script.layer_rows(case.int8)}
+    rows = {row["name"]: row for row in script.layer_table(case.int8)}
     for layer in LAYERS:
         bounds = oracle.largest_totals(case.recipe, layer.name, case.integers)
-        np.testing.assert_array_equal(case.int8.largest_sum(layer).cpu(), bounds)
+        np.testing.assert_array_equal(case.int8.int8_layer(layer).largest_sum.cpu(), bounds)
         assert rows[layer.name]["accumulator_bits"] == int(bounds.max()).bit_length()
-        totals = np.abs(np.moveaxis(case.totals[layer.place], 1, 0)).reshape(len(bounds), -1).max(1)
+        totals = np.abs(np.moveaxis(case.totals[layer.output], 1, 0)).reshape(len(bounds), -1).max(1)
         assert (totals <= bounds).all()
 
 
@@ -555,7 +555,7 @@ def test_values_stay_in_their_bits(case):
     """BIT says what the places hold, WEIGHT_BIT and LAYER_BITS what the weights do; all to the last integer."""
     high = 2**case.recipe.bit - 1 if case.recipe.unsigned else 2**(case.recipe.bit - 1) - 1
     half = 2**(case.recipe.bit - 1) - 1
-    for place in PLACES[:5]:
+    for place in ACTIVATIONS[:5]:
         assert case.places[place].max() <= high, place
     assert case.places["input"].max() == high
     assert -half <= case.places["fc1"].min() and case.places["fc1"].max() <= half
@@ -747,7 +747,7 @@ def test_sums_beyond_24_bits_are_exact():
     exact = sums.astype(np.float32) + (middle - sums).astype(np.float32)
     np.testing.assert_array_equal(places["fc1"], np.tile(exact, (8, 1)))
     fc1 = next(layer for layer in LAYERS if layer.name == "fc1")
-    largest = int8.largest_sum(fc1)
+    largest = int8.int8_layer(fc1).largest_sum
     np.testing.assert_array_equal(largest.cpu(), oracle.largest_totals(default(), "fc1", integers_of(int8)))
     assert int(largest.max()).bit_length() == 26
 
@@ -838,7 +838,7 @@ def test_dead_networks(name, recipe):
     assert_same_pass(recipe, int8, PIXELS[:1])
     weights, integers, scales = weights_of(folded), integers_of(int8), scales_of(int8)
     for layer in LAYERS:
-        formulas = oracle.mended_weights(*weights[layer.name], scales[layer.source], recipe, layer.name)
+        formulas = oracle.mended_weights(*weights[layer.name], scales[layer.input], recipe, layer.name)
         for found, formula in zip(integers[layer.name], formulas):
             np.testing.assert_array_equal(found, formula, err_msg=layer.name)
 
@@ -887,23 +887,23 @@ def refused(folded, headroom=2):
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ACTIVATIONS)
 def test_a_range_that_overflows_is_refused(place, value, calibrated):
     folded = copy.deepcopy(calibrated)
-    folded.range_at(place)[-1] = value                  # one channel is enough
+    folded.ranges[place][-1] = value                  # one channel is enough
     before = state_of(folded)
     assert refused(folded) == f"values at {place} overflow FP32: give a checkpoint with smaller weights"
     for name, tensor in folded.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
-    folded.range_at(PLACES[-1])[0] = np.inf             # the first in order is named
+    folded.ranges[ACTIVATIONS[-1]][0] = np.inf             # the first in order is named
     assert f" {place} " in refused(folded)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ACTIVATIONS)
 def test_headroom_that_overflows_is_refused(place, calibrated):
     """Twice 2e38 is more than FP32 holds; only what fully connected layers read is widened."""
     folded = copy.deepcopy(calibrated)
-    folded.range_at(place)[0] = 2e38
+    folded.ranges[place][0] = 2e38
     assert scales_of(folded.cl_scale(as_constants(default()._replace(headroom=1))))[place] > 0
     if place in ("cv4", "fc1"):
         assert f" {place} " in refused(folded)
@@ -941,9 +941,9 @@ def test_per_channel(calibrated):
 
 def test_unsigned_relu(calibrated):
     signed, unsigned = quantized(calibrated, unsigned=False), quantized(calibrated)
-    for place in PLACES[:5]:
+    for place in ACTIVATIONS[:5]:
         assert (signed.places[place].dtype, unsigned.places[place].dtype) == (torch.int8, torch.uint8)
-    for place in PLACES[:4]:                            # cv4's range has headroom
+    for place in ACTIVATIONS[:4]:                            # cv4's range has headroom
         assert signed.places[place].max() <= 127 < unsigned.places[place].max()
     assert signed.places["fc1"].dtype == unsigned.places["fc1"].dtype == torch.int8
 
@@ -973,7 +973,7 @@ def test_quantize_logits(calibrated):
     np.testing.assert_array_equal(rounded.logits, rounded.places["fc2"] / scale)
     assert (real.logits * scale != (real.logits * scale).round()).any()
     assert ((rounded.logits - real.logits).abs() * scale).max() < 0.5001
-    for place in PLACES[:-1]:
+    for place in ACTIVATIONS[:-1]:
         assert torch.equal(rounded.places[place], real.places[place])
 
 
@@ -987,7 +987,7 @@ def test_fewer_bits_make_a_larger_error(name, calibrated):
 def test_bit_is_of_the_places_and_weight_bit_of_the_weights(calibrated):
     both, weights, places = quantized(calibrated), quantized(calibrated, weight_bit=4), quantized(calibrated, bit=4)
     assert scales_of(weights.int8) == scales_of(both.int8)
-    for place in PLACES[:-1]:
+    for place in ACTIVATIONS[:-1]:
         ratio = 15 / 255 if place != "fc1" else 7 / 127
         assert scales_of(places.int8)[place] == pytest.approx(ratio * scales_of(both.int8)[place], rel=1e-6)
     assert torch.equal(weights.places["input"], both.places["input"])
@@ -1000,7 +1000,7 @@ def test_bit_is_of_the_places_and_weight_bit_of_the_weights(calibrated):
         wq4, _, w_scale4 = weights.integers[layer.name]
         np.testing.assert_allclose(w_scale4, w_scale * (7 / 127), rtol=1e-6)
         assert np.abs(wq4).max() == 7 and np.abs(wq).max() == 127
-        largest, of_weights, of_places = [int(net.int8.largest_sum(layer).max()) for net in (both, weights, places)]
+        largest, of_weights, of_places = [int(net.int8.int8_layer(layer).largest_sum.max()) for net in (both, weights, places)]
         assert of_weights == pytest.approx(largest * 7 / 127, rel=0.3)          # some four bits fewer, either way
         assert of_places == pytest.approx(largest / 17, rel=0.1)
 
@@ -1011,7 +1011,7 @@ def test_headroom(calibrated):
     for net, cv4, fc1 in [(tight, 255, 127), (wide, 127.5, 63.5)]:
         assert net.places["cv4"].max() == pytest.approx(cv4, abs=3)
         assert net.places["fc1"].abs().max() == pytest.approx(fc1, abs=3)
-    for place in PLACES[:4]:
+    for place in ACTIVATIONS[:4]:
         assert torch.equal(tight.places[place], wide.places[place])
 
 
@@ -1045,7 +1045,7 @@ def test_equalizing_keeps_the_logits_and_evens_the_ranges():
     ranges = channel_ranges_of(equalized)
     observe(equalized, PIXELS)
     assert_ranges(equalized, ranges)
-    for place in PLACES:
+    for place in ACTIVATIONS:
         factor = factors[place].numpy() if place in factors else 1
         np.testing.assert_allclose(ranges[place], before[place] * factor, rtol=1e-6)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from helpers import (
     METHODS,
     PICTURES,
-    PLACES,
+    ACTIVATIONS,
     ROOT,
     SCRIPT,
     Place,
@@ -56,7 +56,7 @@ def test_each_constant_is_one_assignment_with_a_comment(usual):
     rows = re.findall(r"(?m)^(\w+) = \S.*?  +# (\S.*)$", block)
     assert [name for name, _ in rows] == re.findall(r"(?m)^(\w+)", block) == list(LEGAL)
     assert script.described_constants() == dict(rows)
-    assert list(script.RECIPE) == list(LEGAL)[list(LEGAL).index("IMAGE_SIZE"):] == list(script.current_recipe())
+    assert list(script.LEGAL_RECIPE) == list(LEGAL)[list(LEGAL).index("IMAGE_SIZE"):] == list(script.read_constants(script.LEGAL_RECIPE))
     values = {name: getattr(script, name) for name in LEGAL} | {"BATCH_SIZE": 4}
     assert usual[2].splitlines()[:len(values) + 1] == [
         *[f"{name} = {value!r}" for name, value in values.items()],
@@ -75,7 +75,7 @@ def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, h
     (tmp_path / SCRIPT.name).write_text(text.replace("\nBIT = 8 ", f"\n{line}\nBIT = 8 "))
     monkeypatch.setattr(script, "__file__", str(tmp_path / SCRIPT.name))
     name = re.match(r"\w+", line)[0]
-    refuses(rf"{name}: no constant of this name, {re.escape(hint)}$", script.check_constants)
+    refuses(rf"{name}: no constant of this name, {re.escape(hint)}$", script.read_constants)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -90,7 +90,7 @@ def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, h
     ("LAYER_BITS", {"cnn1": 4, "fc1": "4"}), ("LAYER_BITS", {4: 4}), ("LAYER_BITS", [("fc1", 4)])])
 def test_illegal_constants(monkeypatch, name, value):
     monkeypatch.setattr(script, name, value)
-    refuses(rf"{name} = .*: set it to {re.escape(LEGAL[name].words)}$", script.check_constants)
+    refuses(rf"{name} = .*: set it to {re.escape(LEGAL[name].words)}$", script.read_constants)
 
 
 @pytest.mark.parametrize("name, values", {
@@ -100,22 +100,22 @@ def test_illegal_constants(monkeypatch, name, value):
 def test_legal_constants(monkeypatch, capsys, name, values):
     for value in values:
         monkeypatch.setattr(script, name, value)
-        assert script.check_constants()[name] == value and f"\n{name} = {value!r}\n" in f"\n{capsys.readouterr().out}"
+        assert script.read_constants()[name] == value and f"\n{name} = {value!r}\n" in f"\n{capsys.readouterr().out}"
 
 
 @pytest.mark.parametrize("name", LEGAL)
 def test_deleted_constants(monkeypatch, name):
     monkeypatch.delattr(script, name)
-    refuses(rf"{name} is missing: set it to {re.escape(LEGAL[name].words)}$", script.check_constants)
+    refuses(rf"{name} is missing: set it to {re.escape(LEGAL[name].words)}$", script.read_constants)
 
 
 def test_presets():
     """Their values are legal, and the notebook's recipe is the oracle's."""
     assert {"plain": PLAIN, "notebook": NOTEBOOK} == script.PRESETS
     for changes in script.PRESETS.values():
-        assert all(script.RECIPE[name].allows(value) for name, value in changes.items())
-    assert script.current_recipe() | script.PRESETS["notebook"] == as_constants(notebook())
-    assert script.current_recipe() | script.PRESETS["plain"] == script.current_recipe() | dict.fromkeys(
+        assert all(script.LEGAL_RECIPE[name].allows(value) for name, value in changes.items())
+    assert script.read_constants(script.LEGAL_RECIPE) | script.PRESETS["notebook"] == as_constants(notebook())
+    assert script.read_constants(script.LEGAL_RECIPE) | script.PRESETS["plain"] == script.read_constants(script.LEGAL_RECIPE) | dict.fromkeys(
         METHODS, False) | {"HEADROOM": 1}
 
 
@@ -170,7 +170,7 @@ def test_illegal_values_on_the_command_line(given, word):
     """Are refused as those in the file are, whether Python can read them or not."""
     def run():
         given(word)
-        script.check_constants()
+        script.read_constants()
     name = word.partition("=")[0]
     refuses(rf"{name} = .*: set it to {re.escape(LEGAL[name].words)}$", run)
 
@@ -575,11 +575,11 @@ def test_a_table_that_cannot_be_written_ends_the_run_in_one_line(place):
 
 def hints(calibrated=20, evaluated=100, interval=(85.0, 95.0), sqnr=30.0, recipe=None, biases=None, ranges=None):
     """What is hinted at of a network whose ranges are 1 and whose biases are 0, but for what is planted."""
-    folded, int8 = script.CNN_Model(), script.INT8_Model(script.current_recipe() | (recipe or {}))
-    for place in PLACES:
-        folded.range_at(place).fill_(1)
+    folded, int8 = script.CNN_Model(), script.INT8_Model(script.read_constants(script.LEGAL_RECIPE) | (recipe or {}))
+    for place in ACTIVATIONS:
+        folded.ranges[place].fill_(1)
     for place, values in (ranges or {}).items():
-        folded.range_at(place)[:len(values)] = torch.tensor(values)
+        folded.ranges[place][:len(values)] = torch.tensor(values)
     for layer, values in (biases or {}).items():
         int8.get_submodule(layer).bias[:len(values)] = torch.tensor(values, dtype=torch.int32)
     report = {"fp32": {"top1": 90.0, "interval95": interval}, "logit_sqnr_db": sqnr,
@@ -629,7 +629,7 @@ def test_hints_of_runs(usual, place, state):
         return " ".join(out[out.index("were left out\n"):out.index("loaded back")].split())[len("were left out "):]
     folded = loaded(state).fused()
     script.calibrate(folded, script.CatDogDataset(place.train))
-    silent = [(int((ranges == 0).sum()), len(ranges), name) for name in PLACES for ranges in [folded.range_at(name)]]
+    silent = [(int((ranges == 0).sum()), len(ranges), name) for name in ACTIVATIONS for ranges in [folded.ranges[name]]]
     where = ", ".join(f"{count} of {channels} in {name}" for count, channels, name in silent if count)
     assert where and of(usual[2]) == (
         f"Hint: Channels that were never active in calibration: {where}. Hint: Only 6 calibration pictures: other "
@@ -660,7 +660,7 @@ def test_answers_are_drawn_changed_ones_first(tmp_path):
     logits = torch.tensor([[2.0, 1.0]] * 8)
     changed = logits.clone()
     changed[[3, 7]] = torch.tensor([0.0, 3.0])
-    fp32, int8 = [script.Outcome(pictures.files, torch.zeros(8), each, 0) for each in (logits, changed)]
+    fp32, int8 = [script.Predictions(pictures.files, torch.zeros(8), each, 0) for each in (logits, changed)]
     sheet = script.draw_answers(pictures, fp32, int8, "W4A8")
     assert sheet.size == (6 * 160, 160 + 56)
     assert [sheet.getpixel((160 * column + 80, 80)) for column in range(6)] == [

@@ -293,7 +293,7 @@ def test_notebooks_engines_are_the_scripts_own_under_its_recipe(ported_notebook,
                             EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False, BATCH_SIZE=5).items():
         monkeypatch.setattr(quantize_catdog, name, value)
     pictures = quantize_catdog.CatDogDataset(pictures_of(tmp_path / "pictures"))
-    pixels = pictures.first(7)
+    pixels = pictures.first_pixels(7)
     fp32, int8 = compare_engines.notebook_engines(ported_notebook, pixels, tmp_path)
     model = quantize_catdog.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar")
     folded = model.fused()

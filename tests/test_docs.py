@@ -120,7 +120,7 @@ def test_commands_are_legal(monkeypatch, text):
         monkeypatch.setattr(quantize_catdog, name, getattr(quantize_catdog, name))
     for words in commands(text):
         quantize_catdog.set_constants(words, "")
-        assert list(quantize_catdog.check_constants()) == list(quantize_catdog.LEGAL)
+        assert list(quantize_catdog.read_constants()) == list(quantize_catdog.LEGAL)
 
 
 def test_figures_of_the_readme_are_in_the_results():

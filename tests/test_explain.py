@@ -27,7 +27,7 @@ from helpers import (
     MANY,
     METHODS,
     PIXELS,
-    PLACES,
+    ACTIVATIONS,
     ROOT,
     STATE,
     Pictures,
@@ -56,7 +56,7 @@ FEW, OTHERS = MANY[:3], random_pixels(7, seed=9)        # 7: not a whole number 
 
 
 def calibrated(pixels, state=STATE):
-    """(folded network, Outcome, maxima) of explain's own calibration."""
+    """(folded network, Predictions, maxima) of explain's own calibration."""
     folded = observed(state, pixels[:1])        # whose ranges it must forget
     return folded, *explain.calibrate_by_picture(folded, Pictures(pixels))
 
@@ -99,7 +99,7 @@ def test_ledger_against_direct_computation(quantized):
     assert [row["name"] for row in ledger] == ["input", *LAYERS]
     pixels = quantized.pixels.cpu().numpy().astype(np.float64)
     scales, integers = scales_of(quantized.int8), integers_of(quantized.int8)
-    fp32 = {layer.name: [getattr(quantized.model.part(layer), key).detach().cpu().numpy().astype(np.float64)
+    fp32 = {layer.name: [getattr(quantized.model.get_submodule(layer.name), key).detach().cpu().numpy().astype(np.float64)
                          for key in ("weight", "bias")] for layer in script.LAYERS}
     real = {name: (w / w_scale.reshape(-1, *[1] * (w.ndim - 1)), b / (w_scale * scales[source]).astype(np.float64))
             for (name, _, source, _), (w, b, w_scale) in zip(oracle.LAYERS, integers.values())}
@@ -150,7 +150,7 @@ def test_ledger_against_direct_computation(quantized):
 def test_the_layer_with_the_planted_error_is_marked(quantized, layer):
     """A layer whose weights have lost seven of their bits."""
     int8 = quantized.model.cl_scale(as_constants(default()))
-    weight = int8.part(layer).weight
+    weight = int8.get_submodule(layer.name).weight
     weight.copy_((weight / 64).round() * 64)
     ledger, _ = explain.error_ledger(quantized.model, int8, quantized.pixels[:2])
     assert [row["name"] for row in ledger if row["hurts_most"]] == [layer.name]
@@ -248,8 +248,8 @@ def test_calibrating_by_picture_is_calibrating():
     for place, values in oracle.forward(STATE, dim.numpy()).items():
         largest = np.abs(values).max((2, 3)) if values.ndim == 4 else np.abs(values)
         np.testing.assert_allclose(maxima[place], largest, rtol=1e-4, atol=1e-4 * largest.max())
-        assert torch.equal(folded.range_at(place), expected.range_at(place))
-        assert torch.equal(folded.range_at(place).cpu(), maxima[place].amax(0)) == (place != "input")
+        assert torch.equal(folded.ranges[place], expected.ranges[place])
+        assert torch.equal(folded.ranges[place].cpu(), maxima[place].amax(0)) == (place != "input")
     assert folded.range_input.tolist() == [255] * 3 and maxima["input"].max() < 128
     assert outcome.files == [f"cat.{i}.jpg" for i in range(3)]
 
@@ -278,7 +278,7 @@ def test_ranges_name_the_picture_that_set_them():
     folded, outcome, maxima = calibrated(dark)
     sources = explain.range_sources(folded, outcome.files, maxima, dark[:3].to(DEVICE))
     rows = {row["activation"]: row for row in sources}
-    assert list(rows) == PLACES
+    assert list(rows) == ACTIVATIONS
     for place, values in oracle.forward(STATE, dark.numpy()).items():
         largest = np.abs(values).reshape(4, -1).max(1)
         expected = np.quantile(np.abs(values[:3]), 0.999, method="inverted_cdf")
@@ -317,8 +317,8 @@ def test_curve_is_what_calibrating_on_so_many_gives():
         assert row["agreement"] == (logits.argmax(1) == fp32.argmax(1)).double().mean()
         assert row["as_last"] == torch.equal(logits.argmax(1), int8.argmax(1))
         assert row["ranges"]["input"] == 1
-        for place in PLACES[1:]:
-            share = (part.range_at(place).max() / folded.range_at(place).max()).item()
+        for place in ACTIVATIONS[1:]:
+            share = (part.ranges[place].max() / folded.ranges[place].max()).item()
             assert row["ranges"][place] == pytest.approx(share, rel=1e-6) and (share < 0.9) == (row["pictures"] < 12)
 
 
@@ -341,7 +341,7 @@ def test_counts_of_the_curve(total, counts):
 
 
 def curve_rows(pictures, sqnr, as_last=None):
-    return [{"pictures": n, "ranges": dict.fromkeys(PLACES, 1), "agreement": 1, "sqnr_db": found, "as_last": same}
+    return [{"pictures": n, "ranges": dict.fromkeys(ACTIVATIONS, 1), "agreement": 1, "sqnr_db": found, "as_last": same}
             for n, found, same in zip(pictures, sqnr, as_last or [True] * len(pictures))]
 
 
@@ -401,7 +401,7 @@ def followed(request):
 
 def patch_of(layer, spot, values):
     """What an output is computed from, of one picture's {place: values}."""
-    x = values[layer.source][0]
+    x = values[layer.input][0]
     return x[:, spot[1]:spot[1] + 5, spot[2]:spot[2] + 5] if layer.is_conv else x
 
 
@@ -414,23 +414,23 @@ def test_value_followed_is_what_numpy_gives(followed):
         np.testing.assert_allclose(fp32["weights"], w[channel].ravel(), rtol=1e-5)
         assert fp32["sum"] == pytest.approx((x * w[channel].reshape(x.shape)).sum(), rel=1e-4, abs=1e-5)
         assert fp32["bias"] == pytest.approx(b[channel], rel=1e-5)
-        assert fp32["value"] == pytest.approx(followed.fp32[layer.place][0][spot], rel=1e-4, abs=1e-5)
+        assert fp32["value"] == pytest.approx(followed.fp32[layer.output][0][spot], rel=1e-4, abs=1e-5)
 
         wq, bq, w_scale = followed.integers[layer.name]
         w_scale = float(np.broadcast_to(w_scale, len(bq))[channel])
-        q, total = patch_of(layer, spot, followed.places), followed.totals[layer.place][0][spot]
+        q, total = patch_of(layer, spot, followed.places), followed.totals[layer.output][0][spot]
         assert int8["inputs"] == q.ravel().tolist() and int8["weights"] == wq[channel].ravel().tolist()
         assert int8["bias"] == bq[channel] and int8["sum"] == total - bq[channel]
         factor = input_factor = 1
         if followed.equalized and layer.name != "fc2":
-            factor = oracle.equalizing_factors(followed.ranges[layer.place])[channel]
+            factor = oracle.equalizing_factors(followed.ranges[layer.output])[channel]
         if followed.equalized and layer.name != "cnn1":
-            input_factor = oracle.equalizing_factors(followed.ranges[layer.source])[0]
+            input_factor = oracle.equalizing_factors(followed.ranges[layer.input])[0]
         assert row["factor"] == pytest.approx(factor, rel=1e-4)
         assert row["input_factor"] == pytest.approx(input_factor, rel=1e-4)
         is_fp32 = layer.name == "fc2" and not followed.recipe.quantize_logits
-        scale_in = float(followed.scales[layer.source])
-        scale_out, result = 1 if is_fp32 else float(followed.scales[layer.place]), followed.places[layer.place][0][spot]
+        scale_in = float(followed.scales[layer.input])
+        scale_out, result = 1 if is_fp32 else float(followed.scales[layer.output]), followed.places[layer.output][0][spot]
         assert (int8["scale_in"], int8["scale_weight"]) == (scale_in, w_scale)
         assert int8["scale_out"] == (None if is_fp32 else scale_out)
         plain_bias = b[channel] * factor * scale_in * w_scale
@@ -439,14 +439,14 @@ def test_value_followed_is_what_numpy_gives(followed):
         assert int8["multiplier"] == pytest.approx(scale_out / scale_in / w_scale, rel=1e-6)
         assert int8["unrounded"] == pytest.approx(total * scale_out / scale_in / w_scale, rel=1e-4, abs=1e-4)
         assert int8["result"] == pytest.approx(result, rel=1e-6)
-        low, high = oracle.limits(followed.recipe, layer.place)
+        low, high = oracle.limits(followed.recipe, layer.output)
         assert int8["limits"] == [0 if layer.is_conv else low, high]
         assert row["value"] == pytest.approx(result / scale_out / factor, rel=1e-5)
-        assert row["error"] == pytest.approx(row["value"] - followed.fp32[layer.place][0][spot], abs=2e-5)
+        assert row["error"] == pytest.approx(row["value"] - followed.fp32[layer.output][0][spot], abs=2e-5)
         assert row["step"] == (None if is_fp32 else pytest.approx(1 / scale_out / factor, rel=1e-5))
         if layer.is_conv:
             top, left = spot[1] // 2 * 2, spot[2] // 2 * 2
-            pooled = followed.places[layer.place][0, channel, top:top + 2, left:left + 2]
+            pooled = followed.places[layer.output][0, channel, top:top + 2, left:left + 2]
             assert row["pooled"] == pooled.ravel().tolist()
         else:
             assert row["pooled"] is None
@@ -762,10 +762,10 @@ def test_it_explains_the_network_of_the_run(swept):
     for name in ("fp32", "int8"):
         assert all(report[name][key] == value for key, value in found[name].items())
         assert found["file_bytes"][name] == report[name]["file_bytes"]
-    for row, place in zip(found["ranges"], PLACES):
+    for row, place in zip(found["ranges"], ACTIVATIONS):
         kept = {"cv4": 2, "fc1": 2}.get(place, 1) * row["range"]
         expected = 255 if place == "input" else next(layer["range"] for layer in report["layers"]
-                                                     if dict(zip(LAYERS, PLACES[1:]))[layer["name"]] == place)
+                                                     if dict(zip(LAYERS, ACTIVATIONS[1:]))[layer["name"]] == place)
         assert kept == pytest.approx(expected, rel=1e-6)
     assert f"same class {100 * report['agreement']:.2f} %, " in out
 
@@ -774,8 +774,8 @@ def test_every_figure_is_that_of_direct_calls_on_disjoint_splits(swept):
     """What calibrates comes from one split, what is looked at from the other."""
     place, _, found, _ = swept
     train, val = script.CatDogDataset(place.train), script.CatDogDataset(place.val)
-    seen, pixels = train.first(20), val.first(20)
-    folded, recipe = script.load_checkpoint(place.checkpoint).fused(), script.current_recipe()
+    seen, pixels = train.first_pixels(20), val.first_pixels(20)
+    folded, recipe = script.load_checkpoint(place.checkpoint).fused(), script.read_constants(script.LEGAL_RECIPE)
     files, maxima = explain.calibrate_by_picture(folded, train)
     fp32, (fp32_model, int8) = script.evaluate("FP32", folded, val), script.quantize_network(folded, seen, recipe)
     script.choose_engine(int8, pixels[:1])
@@ -874,7 +874,7 @@ def test_constants_on_the_command_line(place):
     status, out, err = explained(place, "notebook", "--bits", "WEIGHT_BIT=7", "LAYER_BITS={'fc1': 4}")
     assert (status, err) == (0, ""), err
     found = json.loads((place.results / "explain.json").read_text())
-    assert found["recipe"] == script.current_recipe() | script.PRESETS["notebook"] | {
+    assert found["recipe"] == script.read_constants(script.LEGAL_RECIPE) | script.PRESETS["notebook"] | {
         "WEIGHT_BIT": 7, "LAYER_BITS": {"fc1": 4}, "IMAGE_SIZE": [224, 224]}
     assert "WEIGHT_BIT = 7\n" in out and "bits" in found
     assert found["images"] == {"evaluated": 2, "calibrated": 1} and len(found["calibration_curve"]) == 1
@@ -1010,7 +1010,7 @@ def test_names_of_its_own_are_none_of_the_scripts():
 
 def outcome(labels, logits):
     files = [f"cat and co {i}.jpg" for i in range(len(labels))]
-    return script.Outcome(files, labels, logits, 100 * (logits.argmax(1) == labels).double().mean().item())
+    return script.Predictions(files, labels, logits, 100 * (logits.argmax(1) == labels).double().mean().item())
 
 
 def drawn(report, fp32, int8, folder, monkeypatch, histograms=None):
@@ -1020,7 +1020,7 @@ def drawn(report, fp32, int8, folder, monkeypatch, histograms=None):
     figures, texts, save, draw = [], [], Figure.savefig, Text.draw
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (figures.append(self), save(self, *args, **how)))
     monkeypatch.setattr(Text, "draw", lambda self, renderer: (texts.append(self), draw(self, renderer)))
-    histograms = histograms or {place: torch.ones(4 * explain.BINS, dtype=torch.int64) for place in PLACES}
+    histograms = histograms or {place: torch.ones(4 * explain.BINS, dtype=torch.int64) for place in ACTIVATIONS}
     pictures = explain.pictures_to_show(fp32, int8, folder)
     picture = Image.open(io.BytesIO(draw_report.draw_report(report, histograms, pictures)))
     monkeypatch.undo()
@@ -1087,7 +1087,7 @@ def test_clipped_part_is_drawn_beyond_the_range(swept, monkeypatch):
     counts[2 * explain.BINS:3 * explain.BINS], counts[3 * explain.BINS + 40] = 1, 7     # 40 bins beyond the range
     labels = torch.zeros(3, dtype=torch.int64)
     fp32 = outcome(labels, torch.rand(3, 2))
-    figure = drawn(report, fp32, fp32, place.val, monkeypatch, dict.fromkeys(PLACES, counts))[0]
+    figure = drawn(report, fp32, fp32, place.val, monkeypatch, dict.fromkeys(ACTIVATIONS, counts))[0]
     axes = next(axes for axes in figure.axes if axes.get_title(loc="left") == "cv1")
     kept = [patch for patch in axes.patches if patch.get_facecolor()[:3] == to_rgb(draw_report.SKY)]
     clipped = [patch for patch in axes.patches if patch.get_facecolor()[:3] == to_rgb(draw_report.RED)]

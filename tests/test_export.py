@@ -34,7 +34,7 @@ ENGINES = ["ONNX Runtime", "OpenVINO"]
 
 @pytest.fixture(scope="module")
 def pictures():
-    return script.CatDogDataset(ROOT / "cat_dog" / "val").first(100)
+    return script.CatDogDataset(ROOT / "cat_dog" / "val").first_pixels(100)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def folded(pictures):
 def network(folded, pictures):
     """Makes the INT8_Model of a recipe, once. All but the default's get ranges that the pictures exceed."""
     made, narrow = {}, copy.deepcopy(folded)
-    for place in script.PLACES[1:]:
-        narrow.range_at(place).mul_(0.1 if place == "fc1" else 0.3)
+    for place in script.ACTIVATIONS[1:]:
+        narrow.ranges[place].mul_(0.1 if place == "fc1" else 0.3)
 
     def make(name):
         if name not in made:
-            model, recipe = folded if name == "default" else narrow, script.current_recipe() | RECIPES[name]
+            model, recipe = folded if name == "default" else narrow, script.read_constants(script.LEGAL_RECIPE) | RECIPES[name]
             _, made[name] = script.quantize_network(model, pictures[:10], recipe)
             script.choose_engine(made[name], pictures[:2])
         return made[name]
@@ -92,7 +92,7 @@ def engine_of(name, content):
 
 
 def skip_where_kernels_saturate(model):
-    if script.kernels_saturate(model.recipe):
+    if script.kernels_overflow(model.recipe):
         pytest.skip("this CPU adds pairs of products in 16 bits, and so do the engines: their answers are others")
 
 
@@ -114,9 +114,9 @@ def test_initializers_are_the_checkpoints(name, network, checkpoint):
             expected, value = saved[f"{layer.name}.{kind}"].numpy(), found[f"{layer.name}.{kind}"]
             assert value.dtype == expected.dtype == (np.int8 if kind == "weight" else np.int32)
             np.testing.assert_array_equal(value, expected)
-        w_scale, x_scale = found[f"{layer.name}.weight_scale"], found[f"{layer.source}_scale"]
+        w_scale, x_scale = found[f"{layer.name}.weight_scale"], found[f"{layer.input}_scale"]
         np.testing.assert_allclose(w_scale * saved[f"{layer.name}.w_scale"].numpy(), 1, rtol=3 * 2.0**-23)
-        np.testing.assert_allclose(x_scale * saved[f"scale_{layer.source}"].numpy(), 1, rtol=2.0**-23)
+        np.testing.assert_allclose(x_scale * saved[f"scale_{layer.input}"].numpy(), 1, rtol=2.0**-23)
         np.testing.assert_array_equal(found[f"{layer.name}.bias_scale"], x_scale * w_scale)
         assert not found[f"{layer.name}.weight_zero_point"].any()
     assert ("fc2_scale" in found) == (name == "quantized logits")
@@ -132,7 +132,7 @@ def test_metadata(exported):
     """What an engine hands out to who has nothing but the file."""
     session = onnxruntime.InferenceSession(exported[0])
     metadata = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-    assert metadata.pop("recipe") == script.current_recipe() | {"IMAGE_SIZE": [224, 224]}
+    assert metadata.pop("recipe") == script.read_constants(script.LEGAL_RECIPE) | {"IMAGE_SIZE": [224, 224]}
     assert metadata == {"classes": ["cat", "dog"], "image_size": [224, 224]}
     (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["n", 3, 224, 224])
@@ -167,8 +167,8 @@ def test_every_recipe_is_answered_as_by_the_script(engine, name, network, pictur
     pixels = pictures[:8, :, :height, :width]
     run = engine_of(engine, export_onnx.onnx_bytes(model))
     with torch.inference_mode():
-        expected, places = model(pixels).numpy(), script.values_at(model, pixels)
-    for place in script.PLACES[1:6]:
+        expected, places = model(pixels).numpy(), script.activations_of(model, pixels)
+    for place in script.ACTIVATIONS[1:6]:
         assert (places[place] == model.integers[place].high).any()
     assert (places["fc1"] == model.integers["fc1"].low).any()
     for batch in (1, 5):
@@ -182,8 +182,8 @@ def test_every_recipe_is_answered_as_by_the_script(engine, name, network, pictur
 def test_pixels_on_rounding_ties(engine, folded, pictures):
     """Calibrated on dark pictures, up to 200: times 255 / 200, 20 is 25.5, and so on with each odd multiple of it."""
     dark = copy.deepcopy(folded)
-    dark.range_at("input").fill_(200)
-    _, model = script.quantize_network(dark, pictures[:2], script.current_recipe() | FAST)
+    dark.ranges["input"].fill_(200)
+    _, model = script.quantize_network(dark, pictures[:2], script.read_constants(script.LEGAL_RECIPE) | FAST)
     skip_where_kernels_saturate(model)
     pixels = torch.randint(0, 13, (3, 3, 224, 224), generator=torch.Generator().manual_seed(0)).mul(20).to(torch.uint8)
     with torch.inference_mode():

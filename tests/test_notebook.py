@@ -84,7 +84,7 @@ def test_as_a_notebook(places):
             notebook.run(notebook.constants)
         failed = [cell for cell in notebook.book.cells if cell.cell_type == "code"
                   and any(output.output_type == "error" for output in cell.outputs)]
-        assert len(failed) == 1 and "load_checkpoint(located(CHECKPOINT))" in failed[0].source
+        assert len(failed) == 1 and "load_checkpoint(resolve_path(CHECKPOINT))" in failed[0].source
         error = next(output for output in failed[0].outputs if output.output_type == "error")
         assert (error.ename, len(error.traceback)) == ("InputError", 1)
         assert "\n" not in error.traceback[0] and "no checkpoint" in error.traceback[0]

@@ -197,8 +197,8 @@ def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
     clean, mixed = script.CatDogDataset(place.val), script.CatDogDataset(folder)
     folded = script.load_checkpoint(place.checkpoint).fused()
     script.calibrate(folded, script.CatDogDataset(place.train))
-    int8 = folded.cl_scale(script.current_recipe())
-    script.choose_engine(int8, clean.first(2))
+    int8 = folded.cl_scale(script.read_constants(script.LEGAL_RECIPE))
+    script.choose_engine(int8, clean.first_pixels(2))
     for network in (folded, int8):
         expected, found = script.evaluate("", network, clean), script.evaluate("", network, mixed)
         rows = dict(zip(found.files, found.logits))
@@ -356,7 +356,7 @@ def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch, state
     """But for its size it would be loaded."""
     file, path = io.BytesIO(), tmp_path / "c.pth.tar"
     torch.save({"model": state, "more": torch.zeros(5 * MEGABYTE, dtype=torch.uint8)}, file)
-    path.write_bytes(script.rezipped(file, packed).getvalue())
+    path.write_bytes(script.copy_zip(file, packed).getvalue())
     assert script.load_checkpoint(path) and (packed == zipfile.ZIP_STORED or path.stat().st_size < 4 * MEGABYTE)
     monkeypatch.setattr(script, "LARGEST_CHECKPOINT", 4 * MEGABYTE)
     refused(path, "damaged")
@@ -427,9 +427,9 @@ def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
             pictures.files, pictures.labels = map(list, zip(*both))
         folded = script.load_checkpoint(place.checkpoint).fused()
         outcome = script.calibrate(folded, pictures)
-        int8 = folded.cl_scale(script.current_recipe())
+        int8 = folded.cl_scale(script.read_constants(script.LEGAL_RECIPE))
         answers = script.evaluate("", int8, pictures)
-        found.append(([folded.range_at(place) for place in script.PLACES],
+        found.append(([folded.ranges[place] for place in script.ACTIVATIONS],
                       {name: (label, fp32.tolist(), logits.tolist()) for name, label, fp32, logits in
                        zip(outcome.files, outcome.labels.tolist(), outcome.logits, answers.logits)},
                       list(int8.state_dict().values())))
@@ -439,12 +439,12 @@ def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
 def test_fp32_values_do_not_depend_on_the_pictures_beside(size):
-    pixels = script.CatDogDataset(PICTURES).first(33)
+    pixels = script.CatDogDataset(PICTURES).first_pixels(33)
     folded = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
     with torch.no_grad():
-        whole = script.values_at(folded, pixels)
-        parts = [script.values_at(folded, chunk) for chunk in pixels.split(size)]
-    for place in script.PLACES:
+        whole = script.activations_of(folded, pixels)
+        parts = [script.activations_of(folded, chunk) for chunk in pixels.split(size)]
+    for place in script.ACTIVATIONS:
         assert torch.equal(torch.cat([part[place] for part in parts]), whole[place]), place
 
 
@@ -583,7 +583,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
 
 
 def test_crc_is_what_zip_says(tmp_path):
-    """The checksums that `rezipped` relies on are there in what torch and the script write."""
+    """The checksums that `copy_zip` relies on are there in what torch and the script write."""
     with zipfile.ZipFile(ROOT / "BEST_checkpoint.pth.tar") as file:
         for part in file.infolist():
             assert part.CRC == zlib.crc32(file.read(part.filename))

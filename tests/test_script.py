@@ -116,20 +116,20 @@ VALUES = 3 * 224**2 + 16 * 220**2 + 32 * 106**2 + 16 * 51**2 + 8 * 23**2 + 512 +
 def test_kernels_are_proven_and_taken(usual):
     _, report, out = usual
     assert report["engine"] == "onednn"
-    assert report["exact"]["compared"] == 6 * VALUES and report["exact"]["different"] == 0
+    assert report["kernel_check"]["compared"] == 6 * VALUES and report["kernel_check"]["different"] == 0
     assert ("INT8 engine onednn: its kernels agree with the reference\n"
             f"{6 * VALUES:,} values of 6 pictures compared, 0 differ\n") in out
 
 
 def test_reference_can_be_forced(place):
     report, out = place.report(INT8_ENGINE="reference")
-    assert report["engine"] == "reference" and report["exact"]["compared"] == 0
+    assert report["engine"] == "reference" and report["kernel_check"]["compared"] == 0
     assert "INT8 engine reference: forced by INT8_ENGINE\n" in out
 
 
 def proofs(paths):
     """For each INT8 checkpoint and each INT8_ENGINE what `choose_engine` says, the engine, and the values' checksum."""
-    pixels, rows = quantize_catdog.CatDogDataset(PICTURES).first(4), []
+    pixels, rows = quantize_catdog.CatDogDataset(PICTURES).first_pixels(4), []
     for path in paths:
         row = {}
         for engine in ("reference", "onednn", "auto"):
@@ -137,7 +137,7 @@ def proofs(paths):
             model = quantize_catdog.load_int8_checkpoint(path)
             proof = quantize_catdog.choose_engine(model, pixels)
             crc = 0
-            for values in quantize_catdog.values_at(model, pixels).values():
+            for values in quantize_catdog.activations_of(model, pixels).values():
                 crc = zlib.crc32(values.contiguous().numpy().tobytes(), crc)
             row[engine] = {**proof, "engine": model.engine, "crc": crc}
         rows.append(row)
@@ -224,15 +224,15 @@ def test_kernels_of_one_kind_that_overflow_are_noticed(monkeypatch, dim):
         if x.dim() == dim:
             out[:, -1] -= 1
         return out
-    assert not quantize_catdog.kernels_saturate(recipe)
+    assert not quantize_catdog.kernels_overflow(recipe)
     monkeypatch.setattr(quantize_catdog, "kernel", overflows)
-    assert quantize_catdog.kernels_saturate(recipe)
+    assert quantize_catdog.kernels_overflow(recipe)
 
 
 @VNNI
 def test_kernels_that_overflow_are_not_taken_though_these_pictures_agree(monkeypatch, state):
     int8, pixels = quantized(state)
-    monkeypatch.setattr(quantize_catdog, "kernels_saturate", lambda recipe: True)
+    monkeypatch.setattr(quantize_catdog, "kernels_overflow", lambda recipe: True)
     exact = quantize_catdog.choose_engine(int8, pixels)
     assert exact["different"] == 0 < exact["compared"] and "WEIGHT_BIT = 7" in exact["why"]
     assert int8.engine == "reference"
@@ -254,7 +254,7 @@ def test_missing_kernels(monkeypatch, state, error):
 
 @VNNI
 @pytest.mark.parametrize("where, error", [
-    ("kernels_saturate", NameError), ("kernels_saturate", TypeError), ("pack", NameError), ("kernel", TypeError),
+    ("kernels_overflow", NameError), ("kernels_overflow", TypeError), ("pack", NameError), ("kernel", TypeError),
     ("KernelLayer", AttributeError), ("KernelLayer", RuntimeError), ("ReferenceLayer", NotImplementedError),
     ("ReferenceLayer", AttributeError)])
 def test_mistakes_of_our_own_are_no_missing_kernels(monkeypatch, state, where, error):
@@ -302,7 +302,7 @@ def test_fewer_bits_of_one_layer(place, usual):
     assert largest == dict.fromkeys(LAYERS, 127) | {"fc1": 7}
     assert report["recipe"]["LAYER_BITS"] == {"fc1": 4}
     assert report["int8"]["file_bytes"] < 0.6 * usual[1]["int8"]["file_bytes"]
-    assert report["engine"] == usual[1]["engine"] and report["exact"] == usual[1]["exact"]
+    assert report["engine"] == usual[1]["engine"] and report["kernel_check"] == usual[1]["kernel_check"]
 
 
 def ranges_of(report):
@@ -375,7 +375,7 @@ def test_pictures_that_were_looked_at_alone_are_decoded_once_too(monkeypatch):
     """As the run does: the first 20 for the proofs, then all of them in each pass."""
     decoded = counted(monkeypatch)
     pictures = quantize_catdog.CatDogDataset(PICTURES)
-    pixels = pictures.first(20)
+    pixels = pictures.first_pixels(20)
     assert torch.equal(torch.cat([batch for batch, _, _ in pictures.batches()])[:20], pixels)
     assert sorted(decoded) == sorted(pictures.files)
 
@@ -401,7 +401,7 @@ def test_a_few_pictures_are_not_all(monkeypatch):
     for name, value in dict(NUM_WORKERS=1, DECODED_AHEAD=1, BATCH_SIZE=5).items():
         monkeypatch.setattr(quantize_catdog, name, value)
     decoded = counted(monkeypatch)
-    assert len(quantize_catdog.CatDogDataset(PICTURES).first(7)) == 7 and len(decoded) == 10
+    assert len(quantize_catdog.CatDogDataset(PICTURES).first_pixels(7)) == 7 and len(decoded) == 10
 
 
 @pytest.mark.parametrize("name, label", [
@@ -568,8 +568,8 @@ def test_home_folder(place, monkeypatch, usual, tmp_path_factory):
     assert report["layers"] == usual[1]["layers"] and report["constants"]["DATA_DIR"] == "~/pictures"
     assert not (place.folder / "~").exists()
     assert f"evaluating on  {home}/pictures/val: " in out and f"\nwrote {home}/out/INT8_checkpoint.pth.tar" in out
-    assert quantize_catdog.located("a", "~/b") == home / "b"
-    assert quantize_catdog.located("a", "b~") == ROOT / "a" / "b~"
+    assert quantize_catdog.resolve_path("a", "~/b") == home / "b"
+    assert quantize_catdog.resolve_path("a", "b~") == ROOT / "a" / "b~"
 
 
 def test_largest_picture_size_runs_and_is_kept(place):
@@ -829,7 +829,7 @@ def test_calibrating_again_forgets_the_pictures_before(tmp_path, state):
     quantize_catdog.calibrate(alone, quantize_catdog.CatDogDataset(dark.val))
     for place in (bright, dark):
         quantize_catdog.calibrate(folded, quantize_catdog.CatDogDataset(place.val))
-        same = [torch.equal(folded.range_at(name), alone.range_at(name)) for name in quantize_catdog.PLACES[1:]]
+        same = [torch.equal(folded.ranges[name], alone.ranges[name]) for name in quantize_catdog.ACTIVATIONS[1:]]
         assert set(same) == {place is dark}
 
 
@@ -840,7 +840,7 @@ def test_sample_is_of_good_pictures_at_any_batch_size(tmp_path, monkeypatch):
     found = []
     for size in (1, 4, 7, 50):
         monkeypatch.setattr(quantize_catdog, "BATCH_SIZE", size)
-        found.append(quantize_catdog.CatDogDataset(place.val).first(10))
+        found.append(quantize_catdog.CatDogDataset(place.val).first_pixels(10))
     assert all(len(pixels) == 10 and torch.equal(pixels, found[0]) for pixels in found)
 
 
@@ -915,7 +915,7 @@ def test_hostile_pickle_is_refused_without_running_it(tmp_path, state, where, zi
 
 # the INT8 checkpoint
 
-KEYS = [f"scale_{place}" for place in oracle.PLACES] + [
+KEYS = [f"scale_{place}" for place in oracle.ACTIVATIONS] + [
     f"{layer}.{key}" for layer in LAYERS for key in ("weight", "bias", "w_scale")]
 
 
@@ -956,7 +956,7 @@ evaluate("INT8", model, CatDogDataset("cat_dog/val"))"""], cwd=rerun.folder, cap
     outcome = quantize_catdog.evaluate("INT8", model, quantize_catdog.CatDogDataset(rerun.val))
     assert quantize_catdog.accuracy_of(outcome)["confusion"] == report["int8"]["confusion"]
     assert json.loads(json.dumps(model.recipe)) == report["recipe"] and model.engine == report["engine"]
-    assert quantize_catdog.layer_rows(model) == report["layers"]
+    assert quantize_catdog.layer_table(model) == report["layers"]
 
 
 def test_int8_checkpoint_is_refused_as_fp32_weights(rerun):
@@ -1242,7 +1242,7 @@ def test_the_methods_pay(tmp_path, state):
     for name in ("none", "HEADROOM", "all"):
         constants = {} if name == "all" else {key: value for key, value in off.items() if key != name}
         recipe = quantize_catdog.current_recipe() | constants
-        fp32_model, int8 = quantize_catdog.quantize_network(folded, calibration.first(quantize_catdog.SAMPLE), recipe)
+        fp32_model, int8 = quantize_catdog.quantize_network(folded, calibration.first_pixels(quantize_catdog.SAMPLE), recipe)
         sqnr[name] = quantize_catdog.compare(fp32, quantize_catdog.evaluate("INT8", int8, evaluation))["logit_sqnr_db"]
         nearest = fp32_model.cl_scale(recipe)
         assert (fp32_model is not folded) == (name == "all")                        # equalized

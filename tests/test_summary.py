@@ -42,11 +42,11 @@ def test_planted_flips():
     files, labels = [f"cat and co {i}.jpg" for i in range(5)], torch.tensor([0, 0, 1, 1, 1])
     fp32 = torch.tensor([[2.0, 0], [0.0, 0.5], [0, 1], [0.25, 1], [3, 1]])
     int8 = torch.tensor([[2.0, 0], [0.6, 0.5], [0, 1], [1.25, 1], [3, 2]])
-    found = script.compare(script.Outcome(files, labels, fp32, 60.0), script.Outcome(files, labels, int8, 60.0))
+    found = script.compare(script.Predictions(files, labels, fp32, 60.0), script.Predictions(files, labels, int8, 60.0))
     assert [(flip["file"], flip["label"], flip["better"], flip["fp32_margin"]) for flip in found["flips"]] == [
         ("cat and co 1.jpg", "cat", True, 0.5), ("cat and co 3.jpg", "dog", False, 0.75)]
     assert found["flips"][1]["fp32_logits"] == [0.25, 1] and found["flips"][1]["int8_logits"] == [1.25, 1]
-    assert found["agreement"] == 0.6 and found["mcnemar"] == {"gained": 1, "lost": 1, "p": 1}
+    assert found["agreement"] == 0.6 and found["mcnemar"] == {"corrected": 1, "broken": 1, "p": 1}
     assert found["flips"][0]["fp32_logits"] == [0.0, 0.5] and set(found["flips"][0]) == {
         "file", "label", "better", "fp32_margin", "fp32_logits", "int8_logits"}
     assert found["fp32"]["confusion"] == [[1, 1], [1, 2]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
@@ -58,7 +58,7 @@ def test_planted_flips():
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_logits_that_are_no_numbers_are_not_compared(value, wrong):
     """Of either network."""
-    outcomes = [script.Outcome(["cat.jpg"], torch.tensor([0]), torch.tensor([[1.0, 0.0]]), 100.0) for _ in range(2)]
+    outcomes = [script.Predictions(["cat.jpg"], torch.tensor([0]), torch.tensor([[1.0, 0.0]]), 100.0) for _ in range(2)]
     outcomes[wrong].logits[0, 1] = value
     with pytest.raises(script.InputError, match="logits overflow FP32"):
         script.compare(*outcomes)
@@ -71,7 +71,7 @@ def test_logits_that_are_no_numbers_are_not_compared(value, wrong):
                                                   (0, 6, "more than chance (McNemar's p = 0.031)"),
                                                   (0, 40, "more than chance (McNemar's p = 1.8e-12)")])
 def test_verdict(crowded, capsys, gained, lost, chance):
-    test = {"gained": gained, "lost": lost, "p": script.mcnemar(gained, lost)}
+    test = {"corrected": gained, "broken": lost, "p": script.mcnemar(gained, lost)}
     script.print_summary(crowded[0] | {"mcnemar": test})
     assert f"INT8 corrects {gained} and spoils {lost} FP32 answers: {chance}\n" in capsys.readouterr().out
 
@@ -87,9 +87,9 @@ def test_intervals_in_the_summary(crowded, capsys):
 
 
 def test_names_that_would_move_the_cursor():
-    assert script.shown("cats/\x1b[31mred\n.jpg", 99) == r"cats/\x1b[31mred\n.jpg"
-    assert script.shown("\u732b.jpg", 99) == "\u732b.jpg"
-    assert script.shown("a" * 20 + "cat.jpg", 15) == "...aaaaacat.jpg" and len(script.shown("b" * 15, 15)) == 15
+    assert script.shorten("cats/\x1b[31mred\n.jpg", 99) == r"cats/\x1b[31mred\n.jpg"
+    assert script.shorten("\u732b.jpg", 99) == "\u732b.jpg"
+    assert script.shorten("a" * 20 + "cat.jpg", 15) == "...aaaaacat.jpg" and len(script.shorten("b" * 15, 15)) == 15
 
 
 def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(crowded):

@@ -155,7 +155,7 @@ def quantized(folded, pixels):
     for chunk in pixels.split(script.BATCH_SIZE):
         folded(chunk, folded.update_range)
     sample = pixels[:script.SAMPLE]
-    _, int8_model = script.quantize_network(folded, sample, script.current_recipe())
+    _, int8_model = script.quantize_network(folded, sample, script.read_constants(script.LEGAL_RECIPE))
     exact = script.choose_engine(int8_model, sample)
     print(f"script: {int8_model.engine}, {exact['compared']:,} values compared with the reference, "
           f"{exact['different']} differ")
@@ -164,7 +164,7 @@ def quantized(folded, pixels):
 
 def script_engines(folded, int8_model):
     """The script's own two passes, with the constants that it carries."""
-    fp32_size = script.located(script.CHECKPOINT).stat().st_size
+    fp32_size = script.resolve_path(script.CHECKPOINT).stat().st_size
     int8_size = len(script.int8_checkpoint(int8_model))
     yield Engine("this script FP32", lambda x: x, lambda batch: folded, fp32_size)
     yield Engine(OURS, lambda x: x, lambda batch: int8_model, int8_size)
@@ -177,7 +177,7 @@ def export_fp32(folded, path):
     nodes, constants, x = [], [], "pixels"
     for layer in script.LAYERS:
         name = layer.name
-        for key, value in folded.part(layer).state_dict().items():
+        for key, value in folded.get_submodule(layer.name).state_dict().items():
             array = value.contiguous().numpy()
             constants.append(numpy_helper.from_array(array, f"{name}.{key}"))
         if name == "fc1":
@@ -306,7 +306,7 @@ def pt2e_engines(folded, pixels, folder):
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
     parts = []
     for layer in script.LAYERS:
-        part = folded.part(layer)
+        part = folded.get_submodule(layer.name)
         if layer.is_conv:       # torch's own: it exports no branches on the batch size
             plain = torch.nn.Conv2d(part.in_channels, part.out_channels, part.kernel_size)
             parts += [plain, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
@@ -340,8 +340,8 @@ def pt2e_engines(folded, pixels, folder):
 def multiply_adds(model):
     """Of one picture: each value of a place is a sum over one row of its layer's weights."""
     width, height = script.IMAGE_SIZE
-    places = script.values_at(model, torch.zeros(1, 3, height, width))
-    return sum(places[layer.place].numel() * model.part(layer).weight[0].numel()
+    places = script.activations_of(model, torch.zeros(1, 3, height, width))
+    return sum(places[layer.output].numel() * model.get_submodule(layer.name).weight[0].numel()
                for layer in script.LAYERS)
 
 
@@ -397,12 +397,12 @@ def main():
     script.prepare_process()
     warnings.filterwarnings("ignore")
     random.seed(0)
-    calibration = script.CatDogDataset(args.calibration).first(100)
+    calibration = script.CatDogDataset(args.calibration).first_pixels(100)
     pixels, labels = pictures(args.evaluation)
     if args.rounds < 1 or not all(1 <= batch <= len(pixels) for batch in args.batches):
         parser.error(f"give at least one round, and batches of 1 to {len(pixels)} pictures, which "
                      "is all there are")
-    folded = script.load_checkpoint(script.located(script.CHECKPOINT)).fused()
+    folded = script.load_checkpoint(script.resolve_path(script.CHECKPOINT)).fused()
     engines, quality = [], {}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         folder, int8_model = Path(scratch), quantized(folded, calibration)

@@ -139,7 +139,7 @@ def draw_pictures(figure, grid, pictures, name):
         axes.imshow(picture["pixels"])
         axes.set_axis_off()
         file = picture["file"].encode("ascii", "backslashreplace").decode()     # as the font has it
-        lines, classes = [f"{script.shown(file, 15)} ({script.CLASSES[picture['label']]})"], []
+        lines, classes = [f"{script.shorten(file, 15)} ({script.CLASSES[picture['label']]})"], []
         for network, (cat, dog) in (("FP32", picture["fp32"]), (name, picture["int8"])):
             classes.append(script.CLASSES[dog > cat])
             lines.append(f"{network} {classes[-1]} by {abs(cat - dog):.3f}")

@@ -89,7 +89,7 @@ def round_trip(int8_model, activation, x):
     """FP32 values to an activation's integers and back."""
     if int8_model.is_fp32(activation):
         return x
-    scale = int8_model.scale_at(activation)
+    scale = int8_model.scale(activation)
     return script.quantize(x, scale, int8_model.integers[activation]) / scale
 
 
@@ -98,10 +98,10 @@ def round_trip(int8_model, activation, x):
 def calibrate_by_picture(folded, pictures):
     """As the script's `calibrate`, and remember each picture's part in the ranges.
 
-    Returns the Outcome and {activation: largest magnitude in each picture's channels, FP32 (n, C)}.
+    Returns the Predictions and {activation: largest magnitude in each picture's channels, FP32 (n, C)}.
     """
-    maxima = {activation: torch.zeros(len(pictures), len(folded.range_at(activation)))
-              for activation in script.PLACES}
+    maxima = {activation: torch.zeros(len(pictures), len(folded.ranges[activation]))
+              for activation in script.ACTIVATIONS}
     seen = Counter()
 
     def observe(activation, values):
@@ -128,20 +128,20 @@ def set_ranges(folded, maxima):
 
 def layer_output(model, layer, x, **changed):
     """What a layer of an FP32 network makes of x, with another `weight` or `bias` if given."""
-    y = functional_call(model.part(layer), changed, x)
+    y = functional_call(model.get_submodule(layer.name), changed, x)
     return F.relu_(y) if layer.is_conv else y
 
 
 def logits_from(model, activation, values):
     """An FP32 network's logits (n, 2) when an activation has these values."""
-    for layer in script.LAYERS[script.PLACES.index(activation):]:
-        values = layer_output(model, layer, read_by(layer, {layer.source: values}))
+    for layer in script.LAYERS[script.ACTIVATIONS.index(activation):]:
+        values = layer_output(model, layer, read_by(layer, {layer.input: values}))
     return values
 
 
 def uncorrected_bias(fp32_model, int8_model, layer):
     """A layer's int32 bias before the bias correction, which makes up for what is inherited."""
-    part, in_scale = fp32_model.part(layer), int8_model.scale_at(layer.source)
+    part, in_scale = fp32_model.get_submodule(layer.name), int8_model.scale(layer.input)
     bit = script.layer_bit(int8_model.recipe, layer)
     return script.weight_quant(part.weight, part.bias, in_scale, bit, int8_model.recipe)[1]
 
@@ -152,8 +152,8 @@ def quantized_alone(fp32_model, int8_model, layer, values, int8_values):
     values, int8_values: {activation: FP32 values} of the FP32 network, and what the INT8 network's
     integers stand for. The kinds are those of `error_ledger`.
     """
-    part, part8, activation = fp32_model.part(layer), int8_model.part(layer), layer.place
-    weight8 = part8.weight / script.spread(part8.w_scale, part.weight.dim() - 1)
+    part, part8, activation = fp32_model.get_submodule(layer.name), int8_model.get_submodule(layer.name), layer.output
+    weight8 = part8.weight / script.broadcast(part8.w_scale, part.weight.dim() - 1)
     bias8 = uncorrected_bias(fp32_model, int8_model, layer) / int8_model.sum_scale(layer)
     x, x8 = read_by(layer, values), read_by(layer, int8_values)
     both = layer_output(fp32_model, layer, x, weight=weight8, bias=bias8)
@@ -183,9 +183,9 @@ def error_ledger(fp32_model, int8_model, pixels):
     """
     energies, levels, histograms = Counter(), Counter(), Counter()
     for chunk in pixels.split(script.CHUNK):
-        values, integers = script.values_at(fp32_model, chunk), script.values_at(int8_model, chunk)
+        values, integers = script.activations_of(fp32_model, chunk), script.activations_of(int8_model, chunk)
         int8_values = {name: real(int8_model, name, q) for name, q in integers.items()}
-        for activation, layer in zip(script.PLACES, [None, *script.LAYERS]):
+        for activation, layer in zip(script.ACTIVATIONS, [None, *script.LAYERS]):
             x = values[activation]
             if layer:
                 found = quantized_alone(fp32_model, int8_model, layer, values, int8_values)
@@ -196,14 +196,14 @@ def error_ledger(fp32_model, int8_model, pixels):
             energies[activation, "signal"] += energy(x)
             logits = logits_from(fp32_model, activation, found["born"])
             energies[activation, "logits"] += energy(logits - values["fc2"])
-            to, scale = int8_model.integers[activation], int8_model.scale_at(activation)
+            to, scale = int8_model.integers[activation], int8_model.scale(activation)
             histograms[activation] += histogram(x, ((to.high + 0.5) / scale).item())
             if not int8_model.is_fp32(activation):
                 used = flat(integers[activation]).int() - to.low
                 levels[activation] += torch.bincount(used, minlength=to.high - to.low + 1)
 
     ledger = []
-    for activation, layer in zip(script.PLACES, [None, *script.LAYERS]):
+    for activation, layer in zip(script.ACTIVATIONS, [None, *script.LAYERS]):
         sqnr = {kind: script.decibels(energies[activation, "signal"], energies[activation, kind])
                 for kind in ("int8", "inherited", "born", "weights", "biases", "rounding")}
         sqnr["logits"] = script.decibels(energies["fc2", "signal"], energies[activation, "logits"])
@@ -231,10 +231,10 @@ def range_sources(folded, files, maxima, pixels):
     the first of them, uint8 (n, 3, h, w). "percentile999" of the magnitudes on `pixels`, to a
     thousandth of the range. No picture sets the input's range: "file" and "number" are None.
     """
-    ranges = {activation: folded.range_at(activation).max().item() for activation in maxima}
+    ranges = {activation: folded.ranges[activation].max().item() for activation in maxima}
     histograms, rows = Counter(), []
     for chunk in pixels.split(script.CHUNK):
-        for activation, x in script.values_at(folded, chunk).items():
+        for activation, x in script.activations_of(folded, chunk).items():
             histograms[activation] += histogram(x.abs(), ranges[activation])
     for activation, found in maxima.items():
         shares = histograms[activation].cumsum(0) / histograms[activation].sum()
@@ -253,7 +253,7 @@ def equalized(folded, recipe):
 
     The factors are 1 where EQUALIZE has not rescaled.
     """
-    factors = {name: torch.ones_like(folded.range_at(name)) for name in script.PLACES}
+    factors = {name: torch.ones_like(folded.ranges[name]) for name in script.ACTIVATIONS}
     if not recipe["EQUALIZE"]:
         return folded, factors
     fp32_model, found = script.equalize(folded)
@@ -284,8 +284,8 @@ def calibration_curve(folded, int8_model, maxima, calibration_pixels, pixels, fp
             other.engine = int8_model.engine        # verified with the same widths
         logits = logits_of(other, pixels)
         classes.append(logits.argmax(1))
-        whole = {name: folded.range_at(name).max().item() for name in script.PLACES}
-        ranges = {name: part.range_at(name).max().item() / largest if largest else 1.0
+        whole = {name: folded.ranges[name].max().item() for name in script.ACTIVATIONS}
+        ranges = {name: part.ranges[name].max().item() / largest if largest else 1.0
                   for name, largest in whole.items()}
         rows.append({"pictures": count, "ranges": ranges, **figures(fp32_logits, logits)})
     return [row | {"as_last": torch.equal(found, classes[-1])}
@@ -300,13 +300,13 @@ def spot_to_follow(folded, int8_model, pixels):
 
     Of the largest of each 2 x 2, which the pooling keeps, the first that meets most wishes.
     """
-    values, integers = [script.values_at(model, pixels[:1])["cv1"][0]
+    values, integers = [script.activations_of(model, pixels[:1])["cv1"][0]
                         for model in (folded, int8_model)]
     kept, where = by_windows(integers.short()).topk(2)                      # (C, h, w, 2)
     kept, second, where = kept[..., 0], kept[..., 1], where[..., :1]
     expected = by_windows(values).gather(3, where)[..., 0]
-    factor = script.spread(equalized(folded, int8_model.recipe)[1]["cv1"], 2)
-    error = (kept - expected * factor * int8_model.scale_at("cv1")).abs()   # in steps
+    factor = script.broadcast(equalized(folded, int8_model.recipe)[1]["cv1"], 2)
+    error = (kept - expected * factor * int8_model.scale("cv1")).abs()   # in steps
     wishes = [factor > 1.1,                         # EQUALIZE has rescaled the channel
               (kept >= 5) & (kept <= 20),           # so small that the error shows
               kept - second >= 2,                   # no tie in the pooling
@@ -331,35 +331,35 @@ def follow(folded, int8_model, pixels, layer, spot):
     is the folded one; what EQUALIZE did to the channel, its "factor", is undone on the way back.
     What it did to the channel that the first product reads, the "input_factor", its weight undoes.
     """
-    values, integers = [script.values_at(model, pixels[:1]) for model in (folded, int8_model)]
-    part, part8, channel = folded.part(layer), int8_model.part(layer), spot[0]
+    values, integers = [script.activations_of(model, pixels[:1]) for model in (folded, int8_model)]
+    part, part8, channel = folded.get_submodule(layer.name), int8_model.get_submodule(layer.name), spot[0]
     x, q, pooled = read_by(layer, values)[0], read_by(layer, integers)[0], None
     if layer.is_conv:
         row, column, size = spot[1], spot[2], part.kernel_size[0]
         x, q = [maps[:, row:row + size, column:column + size] for maps in (x, q)]
-        pooled = by_windows(integers[layer.place][0])[channel, row // 2, column // 2].tolist()
+        pooled = by_windows(integers[layer.output][0])[channel, row // 2, column // 2].tolist()
     weight, weight8 = part.weight[channel], part8.weight[channel]
     fp32 = {"inputs": x.flatten().tolist(), "weights": weight.flatten().tolist(),
             "sum": (x.double() * weight.double()).sum().item(),
-            "bias": part.bias[channel].item(), "value": values[layer.place][0][spot].item()}
+            "bias": part.bias[channel].item(), "value": values[layer.output][0][spot].item()}
 
     fp32_model, factors = equalized(folded, int8_model.recipe)
     total, bias = (q.long() * weight8.long()).sum(), part8.bias[channel]
-    multiplier, factor = int8_model.multiplier(layer)[channel], factors[layer.place][channel].item()
-    result, rounded = integers[layer.place][0][spot], not int8_model.is_fp32(layer.place)
-    to = int8_model.integers[layer.place]
-    scale_out = int8_model.scale_at(layer.place).item() if rounded else None
+    multiplier, factor = int8_model.multiplier(layer)[channel], factors[layer.output][channel].item()
+    result, rounded = integers[layer.output][0][spot], not int8_model.is_fp32(layer.output)
+    to = int8_model.integers[layer.output]
+    scale_out = int8_model.scale(layer.output).item() if rounded else None
     int8 = {"inputs": q.flatten().tolist(), "weights": weight8.flatten().tolist(),
             "sum": total.item(), "bias": bias.item(),
             "uncorrected_bias": uncorrected_bias(fp32_model, int8_model, layer)[channel].item(),
-            "scale_in": int8_model.scale_at(layer.source).item(),
+            "scale_in": int8_model.scale(layer.input).item(),
             "scale_weight": part8.w_scale.expand(len(part8.bias))[channel].item(),
             "scale_out": scale_out, "multiplier": multiplier.item(),
             "unrounded": (total.float() * multiplier + bias * multiplier).item(),
             "limits": [0 if layer.is_conv else to.low, to.high], "result": result.item()}
-    value = real(int8_model, layer.place, result).item() / factor
+    value = real(int8_model, layer.output, result).item() / factor
     return {"layer": layer.name, "spot": list(spot), "fp32": fp32, "int8": int8, "factor": factor,
-            "input_factor": factors[layer.source][0].item(), "value": value,
+            "input_factor": factors[layer.input][0].item(), "value": value,
             "error": value - fp32["value"],
             "step": 1 / scale_out / factor if rounded else None, "pooled": pooled}
 
@@ -400,7 +400,7 @@ def print_ranges(sources, pictures):
         times = row["range"] / max(row["percentile999"], script.SMALLEST)
         setter = "  none: pixels reach 255"
         if row["number"]:
-            setter = f"{row['number']:>6} {script.shown(row['file'], 23)}"
+            setter = f"{row['number']:>6} {script.shorten(row['file'], 23)}"
         print(f"{row['activation']:<10} {row['range']:>9.5g}  {row['percentile999']:>9.4g}  "
               f"{times:>12.1f}  {setter}")
 
@@ -409,9 +409,9 @@ def print_curve(curve, sources, compared):
     """The table of `calibration_curve`."""
     print("\nHow many calibration pictures are enough? Ranges in % of the last ones;\n"
           f"same class and logit SQNR of INT8 against FP32, on {compared} pictures\n"
-          f"pictures {' '.join(f'{name:>5}' for name in script.PLACES)}  same class  logit SQNR")
+          f"pictures {' '.join(f'{name:>5}' for name in script.ACTIVATIONS)}  same class  logit SQNR")
     for row in curve:
-        ranges = " ".join(f"{100 * row['ranges'][name]:>5.1f}" for name in script.PLACES)
+        ranges = " ".join(f"{100 * row['ranges'][name]:>5.1f}" for name in script.ACTIVATIONS)
         print(f"{row['pictures']:>8} {ranges}  {100 * row['agreement']:>8.2f} %  "
               f"{script.db(row['sqnr_db']):>10}")
     last = curve[-1]["pictures"]
@@ -453,7 +453,7 @@ def print_followed(row):
     bias = fp32["bias"] * row["factor"] * scale
     choice = "" if round(weight) == int8["weights"][0] else " by GPTQ"
     print(f"\nOne value followed: {row['layer']}'s {spot} (from 0)")
-    print(f"  picture  {script.shown(row['file'], 69)}")
+    print(f"  picture  {script.shorten(row['file'], 69)}")
     begin, end = products(fp32["inputs"], fp32["weights"])
     print_line("FP32", begin)
     print_line("", f"{end} = {fp32['sum']:.6g}, {len(fp32['inputs'])} products")
@@ -520,15 +520,15 @@ def main():
     script.set_constants([word for word in words if word != "--bits"], __doc__)
 
     script.prepare_process()
-    constants, recipe = script.check_constants(), script.current_recipe()
-    output = script.located(script.OUTPUT_DIR)
+    constants, recipe = script.read_constants(), script.read_constants(script.LEGAL_RECIPE)
+    output = script.resolve_path(script.OUTPUT_DIR)
     script.make_writable(output)
     evaluation = calibration = script.CatDogDataset(
-        script.located(script.DATA_DIR, script.EVALUATION_SPLIT))
+        script.resolve_path(script.DATA_DIR, script.EVALUATION_SPLIT))
     if script.CALIBRATION_SPLIT != script.EVALUATION_SPLIT:
         calibration = script.CatDogDataset(
-            script.located(script.DATA_DIR, script.CALIBRATION_SPLIT))
-    checkpoint = script.located(script.CHECKPOINT)
+            script.resolve_path(script.DATA_DIR, script.CALIBRATION_SPLIT))
+    checkpoint = script.resolve_path(script.CHECKPOINT)
     folded = script.load_checkpoint(checkpoint).fused()
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
 
@@ -536,7 +536,7 @@ def main():
     calibrated = fp32.files
     if evaluation is not calibration:
         fp32 = script.evaluate("FP32", folded, evaluation)
-    pixels, calibration_pixels = evaluation.first(script.SAMPLE), calibration.first(script.SAMPLE)
+    pixels, calibration_pixels = evaluation.first_pixels(script.SAMPLE), calibration.first_pixels(script.SAMPLE)
     fp32_model, int8_model = script.quantize_network(folded, calibration_pixels, recipe)
     script.choose_engine(int8_model, pixels[:script.CHUNK])
     name = script.name_of(recipe)
@@ -553,7 +553,7 @@ def main():
     print_ledger(report["ledger"], len(pixels))
     report["ranges"] = range_sources(folded, calibrated, maxima, calibration_pixels)
     print_ranges(report["ranges"], len(calibration_pixels))
-    compared = evaluation.first(COMPARED)
+    compared = evaluation.first_pixels(COMPARED)
     report["calibration_curve"] = calibration_curve(
         folded, int8_model, maxima, calibration_pixels, compared, fp32.logits[:len(compared)])
     print_curve(report["calibration_curve"], report["ranges"], len(compared))
@@ -567,7 +567,7 @@ def main():
 
     if "--bits" in words:
         print()
-        sweep = Sweep(folded, calibration_pixels, recipe, evaluation.first(SWEPT), fp32)
+        sweep = Sweep(folded, calibration_pixels, recipe, evaluation.first_pixels(SWEPT), fp32)
         report["bits"], report["layer_bits"] = sweep.grid(), sweep.layer_bits()
         print_grid(report["bits"], len(sweep.pixels))
         print_layer_bits(report["layer_bits"], script.WEIGHT_BIT, len(sweep.pixels))
@@ -576,7 +576,7 @@ def main():
     picture = draw_report(report, histograms, shown)
     report_json = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
     script.write_files(output, {"report.png": picture, "explain.json": report_json})
-    print(f"\nwrote {script.short(output)}/report.png and explain.json")
+    print(f"\nwrote {script.display_path(output)}/report.png and explain.json")
     if shell:
         from IPython.display import Image as Shown
         from IPython.display import display

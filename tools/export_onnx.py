@@ -71,7 +71,7 @@ def arrays_of(model):
 
 def integer_limits(model, layer):
     """Smallest and largest integer that a layer gives; 0 as the smallest is its ReLU."""
-    to = model.integers[layer.place]
+    to = model.integers[layer.output]
     return 0 if layer.is_conv else to.low, to.high
 
 
@@ -93,11 +93,11 @@ def weight_scale(model, layer):
     count for more, since small values are frequent.
     """
     arrays = arrays_of(model)
-    scale_in, scale_w = arrays[f"scale_{layer.source}"], arrays[f"{layer.name}.w_scale"]
+    scale_in, scale_w = arrays[f"scale_{layer.input}"], arrays[f"{layer.name}.w_scale"]
     nearest = 1 / scale_w
-    if model.is_fp32(layer.place):
+    if model.is_fp32(layer.output):
         return nearest                                      # nothing is rounded
-    scale_out = arrays[f"scale_{layer.place}"]
+    scale_out = arrays[f"scale_{layer.output}"]
     bias = arrays[f"{layer.name}.bias"].astype(np.int64)[:, None, None]
     multiplier = (scale_out / (scale_in * scale_w))[:, None, None]
     x, y = 1 / scale_in, 1 / scale_out
@@ -138,8 +138,8 @@ def add_input(graph, model):
 
 def add_layer(graph, model, layer, x):
     """One layer: the integers that it reads -> those that it gives before pooling, or logits."""
-    name, place, arrays = layer.name, layer.place, arrays_of(model)
-    x_scale, w_scale = 1 / arrays[f"scale_{layer.source}"], weight_scale(model, layer)
+    name, place, arrays = layer.name, layer.output, arrays_of(model)
+    x_scale, w_scale = 1 / arrays[f"scale_{layer.input}"], weight_scale(model, layer)
     if len(w_scale) == 1:
         w_scale = w_scale[0]                                # ONNX wants one for all as a scalar
     zeros = np.zeros(w_scale.shape, np.int8)    # given: ONNX Runtime fuses no Gemm without them
@@ -148,7 +148,7 @@ def add_layer(graph, model, layer, x):
               graph.constant(f"{name}.weight_zero_point", zeros)]
     bias = [graph.constant(f"{name}.bias", arrays[f"{name}.bias"]),
             graph.constant(f"{name}.bias_scale", x_scale * w_scale)]
-    inputs = [graph.dequantize(x, layer.source, f"{name}_input"),
+    inputs = [graph.dequantize(x, layer.input, f"{name}_input"),
               graph.node("DequantizeLinear", weight, f"{name}_weight", axis=0),
               graph.node("DequantizeLinear", bias, f"{name}_bias", axis=0)]
     if model.is_fp32(place):
@@ -178,7 +178,7 @@ def onnx_bytes(model):
             x = graph.node("Flatten", [x], "flat")
         x = add_layer(graph, model, layer, x)
         if layer.is_conv:
-            x = graph.node("MaxPool", [x], f"{layer.place}_pooled", kernel_shape=[2, 2],
+            x = graph.node("MaxPool", [x], f"{layer.output}_pooled", kernel_shape=[2, 2],
                            strides=[2, 2])
     if not model.is_fp32("fc2"):
         graph.dequantize(x, "fc2", "logits")
@@ -267,13 +267,13 @@ def export(checkpoint, output, folder):
 
 
 def main():
-    results = script.located(script.OUTPUT_DIR)
+    results = script.resolve_path(script.OUTPUT_DIR)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", nargs="?", type=Path,
                         default=results / "INT8_checkpoint.pth.tar")
     parser.add_argument("--output", type=Path, default=results / "INT8.onnx")
     args = parser.parse_args()
-    folder = script.located(script.DATA_DIR, script.EVALUATION_SPLIT)
+    folder = script.resolve_path(script.DATA_DIR, script.EVALUATION_SPLIT)
     try:
         export(args.checkpoint, args.output, folder)
     except script.InputError as error:

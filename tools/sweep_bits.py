@@ -23,13 +23,13 @@ COMBINED = 10               # networks, at most, in which several layers are nar
 def real(int8_model, activation, integers):
     """FP32 values that an activation's integers stand for; logits that stay FP32 are these."""
     fp32 = int8_model.is_fp32(activation)
-    return integers if fp32 else integers / int8_model.scale_at(activation)
+    return integers if fp32 else integers / int8_model.scale(activation)
 
 
 def read_by(layer, values):
     """What a layer reads of {activation: values}: pooled behind a convolution, flat before FC1."""
-    x = values[layer.source]
-    if layer.source.startswith("cv"):
+    x = values[layer.input]
+    if layer.input.startswith("cv"):
         x = script.MaxPool2d(2)(x)
     return x if layer.is_conv else x.flatten(1)
 
@@ -62,7 +62,7 @@ class Sweep:
     """INT8 networks with other widths on top of weights of 8 bits, measured on the same pictures.
 
     What no width changes is computed once: the equalized FP32 network and its activations on
-    calibration_pixels. folded: calibrated; pixels: uint8 (n, 3, h, w), the first of Outcome fp32's.
+    calibration_pixels. folded: calibrated; pixels: uint8 (n, 3, h, w), the first of Predictions fp32's.
     """
 
     def __init__(self, folded, calibration_pixels, recipe, pixels, fp32):
@@ -70,7 +70,7 @@ class Sweep:
         self.fp32_model = script.equalize(folded)[0] if recipe["EQUALIZE"] else folded
         self.chunks = calibration_pixels.split(script.CHUNK)
         with torch.inference_mode():
-            self.values = [script.values_at(self.fp32_model, chunk) for chunk in self.chunks]
+            self.values = [script.activations_of(self.fp32_model, chunk) for chunk in self.chunks]
         self.pixels, self.engines = pixels, {}
         self.logits, self.labels = fp32.logits[:len(pixels)], fp32.labels[:len(pixels)]
         self.networks = len(WIDTHS)**2 + 1 + len(script.LAYERS) * (len(WIDTHS) - 1) + COMBINED
@@ -97,9 +97,9 @@ class Sweep:
             first = first_in(changes["LAYER_BITS"])
             inputs = base[1][:first + 1]
         for layer in script.LAYERS[:first]:
-            int8_model.part(layer).load_state_dict(base[0].part(layer).state_dict())
+            int8_model.get_submodule(layer.name).load_state_dict(base[0].get_submodule(layer.name).state_dict())
         for layer in script.LAYERS[first:]:
-            expected = [values[layer.place] for values in self.values]
+            expected = [values[layer.output] for values in self.values]
             inputs.append(script.refine_layer(int8_model, self.fp32_model, layer, inputs[-1],
                                               expected))
         # whether kernels are exact depends on the CPU and the largest integers: the first network
@@ -139,11 +139,11 @@ class Sweep:
         """
         logits = {key: [] for key in networks}
         for chunk in self.pixels.split(script.CHUNK):
-            values = script.values_at(base, chunk)
+            values = script.activations_of(base, chunk)
             for key, model in networks.items():
                 x, run = values, model.layers()
                 for layer in script.LAYERS[first_in(model.recipe["LAYER_BITS"]):]:
-                    x = {layer.place: run[layer.name](read_by(layer, x))}
+                    x = {layer.output: run[layer.name](read_by(layer, x))}
                 logits[key].append(real(model, "fc2", x["fc2"]).cpu())
             self.progress(0)
         return {key: torch.cat(found) for key, found in logits.items()}

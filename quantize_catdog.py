@@ -28,6 +28,8 @@ in the file, or set it for one run on the command line: a preset, then NAME=valu
 The script is the port of a notebook, whose names it keeps, and is one itself: Jupytext turns what
 follows each `# %%` into a cell. tools/explain.py shows why answers changed.
 """
+
+# %%
 import ast
 import copy
 import csv
@@ -155,7 +157,7 @@ def unknown_name(name, known):
     wanted = name.strip("-").replace("-", "_").upper()
     near = difflib.get_close_matches(wanted, [each.upper() for each in known], 1)
     found = [each for each in known if each.upper() in near]
-    hint = f"did you mean {found[0]}?" if found else "--help lists them all"
+    hint = f"did you mean {found[0]}?" if found else "LEGAL has no row for it (see --help)"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -635,13 +637,11 @@ class CNN_Model(nn.Module):
     def cl_scale(self, recipe):
         """Calculate the scales from the ranges, quantize the weights, return the INT8_Model.
 
-        This model stays as it is; it must come from `fused` and have been calibrated. Raises
-        InputError for an illegal recipe, and where a range overflows FP32.
+        This model, which must come from `fused`, stays as it is. Raises InputError for an illegal
+        recipe, and where a range overflows FP32.
         """
         if isinstance(self.bn1, nn.BatchNorm2d):
             raise InputError("fold the batch norms first: model.fused()")
-        if set(self.ranges) != set(ACTIVATIONS):
-            raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
         for name, integers in int8_model.integers.items():
             range_data = self.ranges[name].amax()
@@ -1081,7 +1081,10 @@ def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
 
     The first is `folded`, or an equalized copy. pixels: calibration pictures, uint8 (n, 3, h, w).
+    Raises InputError as `cl_scale` does.
     """
+    if set(folded.ranges) != set(ACTIVATIONS):
+        raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")
     fp32_model = equalize(folded)[0] if recipe["EQUALIZE"] else folded
     int8_model = fp32_model.cl_scale(recipe)
     if recipe["GPTQ"] or recipe["BIAS_CORRECTION"]:
@@ -1244,6 +1247,7 @@ def write_files(folder, contents):
 # Calibration and evaluation are the same pass over the pictures; calibration observes the ranges.
 
 # %%
+DECODED_TOGETHER = 64   # pictures: decoding and computing at once would fight for the cores
 TIMED_ROUNDS = 15       # the median counts
 ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
 
@@ -1262,13 +1266,14 @@ def evaluate(name, model, pictures, observe=no_observer):
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
     labels, logits = [], []
     start = reported = time.perf_counter()
-    for pixels, batch_labels in DataLoader(pictures, BATCH_SIZE, collate_fn=pictures.collate_fn):
-        if len(pixels) == 0:        # none of the batch could be decoded
-            continue
-        answers = model(pixels.to(DEVICE), observe).cpu()
-        meter.add(answers, batch_labels)
-        labels += batch_labels.tolist()     # tensors kept here would fragment the memory
-        logits += answers.tolist()
+    together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
+    for decoded, their_labels in DataLoader(pictures, together, collate_fn=pictures.collate_fn):
+        for first in range(0, len(decoded), BATCH_SIZE):
+            batch = slice(first, first + BATCH_SIZE)
+            answers = model(decoded[batch].to(DEVICE), observe).cpu()
+            meter.add(answers, their_labels[batch])
+            logits += answers.tolist()      # tensors kept here would fragment the memory
+        labels += their_labels.tolist()
         now = time.perf_counter()
         if now - reported >= 10:
             left = (now - start) / len(labels) * (len(pictures) - len(labels))
@@ -1586,7 +1591,8 @@ if __name__ == "__main__":
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
-    calibrated = int8_model = int8 = None       # in a notebook: those of other constants
+    for made_below in ("calibrated", "int8_model", "int8"):
+        globals().pop(made_below, None)         # in a notebook: made with other constants
 
 # %% [markdown]
 # ### Load

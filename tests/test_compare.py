@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import quantize_catdog
+import quantize_catdog as script
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, as_constants
+from helpers import notebook as notebook_recipe
 
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_engines  # noqa: E402
 import compare_notebook  # noqa: E402
 
-# A notebook of two answers: its network is one matrix, on the mean of each colour, and takes its time.
+# A notebook with two classes: its network is one matrix, on the mean of each colour, and takes 20 ms.
 CELLS = ["""\
 import time
 import torch
@@ -53,7 +54,7 @@ PROSE = "## The next step\n\nHere comes what it does, in words.\n<br />\n"
 
 @pytest.fixture
 def notebook(tmp_path):
-    """The notebook as Markdown: prompts before the code, nothing between the code and what follows it."""
+    """The notebook as Markdown: prompts before the code, no mark between the code and what follows it."""
     parts = "".join(f"{PROSE}\nIn [{i}]:\n{cell}\n\n{OUTPUT}\n" for i, cell in enumerate(CELLS, 7))
     (tmp_path / "notebook.md").write_text(f"# A title\n\n{parts}", encoding="utf-8")
     return tmp_path / "notebook.md"
@@ -108,8 +109,8 @@ def test_what_the_code_is_taken_for():
 @pytest.mark.parametrize("name, text, line", [
     ("n.ipynb", "{", "is no Jupyter notebook"), ("n.ipynb", '{"a": 1}', "is no Jupyter notebook"),
     ("n.ipynb", '{"cells": []}', "holds no code"), ("n.md", "only words\n", "holds no code"),
-    ("n.md", "```\n%pip install x\n```\n", "not plain Python"), ("n.md", "In [1]:\nx = 1\n", "in 0 places"),
-    ("n.md", "```python\nbest_model.state_dict(), best_model.state_dict()\n```\n", "in 2 places")])
+    ("n.md", "```\n%pip install x\n```\n", "not plain Python"), ("n.md", "In [1]:\nx = 1\n", "state_dict() 0 times"),
+    ("n.md", "```python\nbest_model.state_dict(), best_model.state_dict()\n```\n", "state_dict() 2 times")])
 def test_file_without_the_notebooks_code(tmp_path, monkeypatch, name, text, line):
     (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["compare_notebook.py", "--notebook", str(tmp_path / name)])
@@ -123,13 +124,13 @@ def test_network_of_other_code():
         compare_notebook.network_of(CELLS[0])
 
 
-# A script of known times: 0.1 s of imports, a run of 0.5 s more; decoding 0.1 s, FP32 pass 0.2 s, INT8 pass 0.15 s.
+# A script of known times: 0.1 s of imports, a run of 0.5 s more; decoding 0.1 s, FP32 pass 0.2 s, INT8 pass 0.15 s
 SCRIPT = """\
 import json
 import time
 from pathlib import Path
 time.sleep(0.1)
-DEVICE = "cpu"
+DEVICE, BATCH_SIZE = "cpu", 1
 
 def prepare_process():
     global prepared
@@ -158,12 +159,17 @@ def choose_engine(int8_model, pixels):
 
 class CatDogDataset:
     def __init__(self, folder):
-        assert sorted(path.name for path in folder.iterdir()) == ["cat.0.jpg", "dog.0.jpg"]
-    def batches(self):
+        self.files = sorted(path.name for path in folder.iterdir())
+        assert self.files == ["cat.0.jpg", "dog.0.jpg"]
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return self.files[index]
+    def collate_fn(self, items):
         import torch
-        for _ in range(2):
-            time.sleep(0.05)
-            yield torch.zeros(1), None, None
+        assert len(items) == 1
+        return torch.zeros(1), None
 
 if __name__ == "__main__":
     time.sleep(0.5)
@@ -193,7 +199,7 @@ with open("LOG", "a") as log:
 
 
 def run_tool(monkeypatch, capsys, *arguments):
-    """What compare_notebook.py prints: the lines, and {row: median seconds}."""
+    """What compare_notebook.py prints, and {row: median seconds}."""
     monkeypatch.setattr(sys, "argv", ["compare_notebook.py", *map(str, arguments)])
     compare_notebook.main()
     out = capsys.readouterr().out
@@ -237,7 +243,7 @@ def test_program_that_fails_is_named(project, tmp_path, monkeypatch):
 
 
 def pictures_of(folder):
-    """Seven pictures in a folder, one of them called what it is not, so that not all answers are right."""
+    """Seven pictures in a folder, one of them a dog called cat, so that not all answers are right."""
     folder.mkdir()
     for name in ("cat.0", "dog.0", "cat.1", "dog.1", "cat.2", "dog.2"):
         shutil.copy(ROOT / "cat_dog" / "val" / f"{name}.jpg", folder)
@@ -246,8 +252,8 @@ def pictures_of(folder):
 
 
 def fp32_top1(folder):
-    model = quantize_catdog.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
-    return f"{quantize_catdog.evaluate('FP32', model, quantize_catdog.CatDogDataset(folder)).top1:.3f}"
+    model = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
+    return f"{script.evaluate('FP32', model, script.CatDogDataset(folder)).top1:.3f}"
 
 
 def test_script_is_measured_without_a_notebook(tmp_path, monkeypatch, capsys):
@@ -282,42 +288,45 @@ def test_notebooks_engines_answer_and_time_themselves_in_their_process(project, 
     assert fp32.size == int8.size == (project / "BEST_checkpoint.pth.tar").stat().st_size
 
     times = compare_engines.measure([fp32, int8], pixels, [1, 5], rounds=3)
-    for engine in (fp32, int8):             # each takes 20 ms a batch
+    for engine in (fp32, int8):             # each takes 20 ms per batch
         assert 20 < np.median(times[engine.name, 1]) < 100 and 4 < np.median(times[engine.name, 5]) < 20
     fp32.process.shutdown()
 
 
-def test_notebooks_engines_are_the_scripts_own_under_its_recipe(ported_notebook, tmp_path, monkeypatch):
+def test_notebooks_engines_are_the_scripts_own_with_its_recipe(ported_notebook, tmp_path):
     """Two programs, one arithmetic: the notebook's class, and the script with the notebook's recipe."""
-    for name, value in dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True, HEADROOM=1,
-                            EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False, BATCH_SIZE=5).items():
-        monkeypatch.setattr(quantize_catdog, name, value)
-    pictures = quantize_catdog.CatDogDataset(pictures_of(tmp_path / "pictures"))
+    pictures = script.CatDogDataset(pictures_of(tmp_path / "pictures"))
     pixels = pictures.first_pixels(7)
     fp32, int8 = compare_engines.notebook_engines(ported_notebook, pixels, tmp_path)
-    model = quantize_catdog.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar")
+    model = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar")
     folded = model.fused()
-    quantize_catdog.calibrate(folded, pictures)
-    own = folded.cl_scale(quantize_catdog.current_recipe())
+    script.calibrate(folded, pictures)
+    own = folded.cl_scale(as_constants(notebook_recipe()))
     with torch.no_grad():
         assert torch.allclose(fp32.logits(pixels, 5), model(pixels), atol=1e-5)
-        # its integers are the script's up to ties, so its logits are, up to one step of theirs
+        # its integers are the script's up to ties, so its logits differ by at most one of their integer levels
         assert (int8.logits(pixels, 5) - own(pixels)).abs().max() < 1.5 / own.scale_fc2
     fp32.process.shutdown()
 
 
 def test_pictures_and_labels_of_a_folder(tmp_path):
-    pixels, labels = compare_engines.pictures(pictures_of(tmp_path / "pictures"))
+    pixels, labels = compare_engines.pixels_and_labels(pictures_of(tmp_path / "pictures"))
     assert pixels.shape == (7, 3, 224, 224) and labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+    for i, name in enumerate(("cat.0", "dog.0", "cat.1")):
+        expected = script.decode(ROOT / "cat_dog" / "val" / f"{name}.jpg", (224, 224))
+        np.testing.assert_array_equal(pixels[i].permute(1, 2, 0), expected)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(script.InputError, match="no usable picture"):
+        compare_engines.pixels_and_labels(tmp_path / "empty")
 
 
 def test_table_of_engines(capsys):
-    """Two pictures, one answer turned over: an SQNR and an agreement that are known."""
-    reference = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    """Two pictures, one of them of another class: an SQNR and an agreement that are known."""
+    fp32 = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     logits = torch.tensor([[3.0, 0.0], [0.5, 0.0]])
     engines = [compare_engines.Engine(name, None, None, size) for name, size in
                [("this script FP32", 2000), ("other", 1_234_567), ("this script INT8", 1000)]]
-    quality = {"this script FP32": reference, "other": logits, "this script INT8": reference}
+    quality = {"this script FP32": fp32, "other": logits, "this script INT8": fp32}
     times = {(engine.name, 5): [ms, 9.0, ms / 2] for engine, ms in zip(engines, [2.0, 3.0, 1.0])}
     compare_engines.print_table(engines, quality, times, torch.tensor([0, 1]), [5])
     lines = capsys.readouterr().out.splitlines()
@@ -327,7 +336,7 @@ def test_table_of_engines(capsys):
 
 def test_multiply_adds():
     expected = 16 * 75 * 220**2 + 32 * 400 * 106**2 + 16 * 288 * 51**2 + 8 * 144 * 23**2 + 968 * 512 + 512 * 2
-    assert compare_engines.multiply_adds(quantize_catdog.CNN_Model().eval()) == expected
+    assert compare_engines.multiply_adds(script.CNN_Model().eval()) == expected
 
 
 def test_engines_take_turns():

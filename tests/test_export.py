@@ -1,4 +1,4 @@
-"""The ONNX file: what is in it, and whether two engines that share no code with the script answer as it does."""
+"""The ONNX file: its content, and the answers of two engines that share no code with the script."""
 import copy
 import importlib.util
 import itertools
@@ -21,14 +21,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 import compare_engines  # noqa: E402
 import export_onnx  # noqa: E402
 
-# without what finds better integers: that takes time, and is nothing to how they are written
-FAST = dict(HEADROOM=1, EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False)
-NOTEBOOKS = dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True)
+# without the methods that find better integers: they take time, and how integers are written does not depend on them
+FAST = script.PRESETS["plain"]
 RECIPES = {"default": {}, "weights of 4 bits": FAST | dict(WEIGHT_BIT=4), "activations of 5 bits": FAST | dict(BIT=5),
            "all of 2 bits": FAST | dict(BIT=2, WEIGHT_BIT=2), "signed activations": FAST | dict(UNSIGNED_RELU=False),
            "scales per layer": FAST | dict(PER_CHANNEL=False), "quantized logits": FAST | dict(QUANTIZE_LOGITS=True),
-           "biases of 16 bits": FAST | dict(BIAS_BIT=16), "the notebook's": FAST | NOTEBOOKS,
+           "biases of 16 bits": FAST | dict(BIAS_BIT=16), "the notebook's": script.PRESETS["notebook"],
            "oblong pictures": FAST | dict(IMAGE_SIZE=(213, 220))}
+DEFAULT = script.read_constants(script.LEGAL_RECIPE)
 ENGINES = ["ONNX Runtime", "OpenVINO"]
 
 
@@ -40,6 +40,7 @@ def pictures():
 @pytest.fixture(scope="module")
 def folded(pictures):
     model = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
+    model.reset_ranges()
     with torch.no_grad():
         for chunk in pictures.split(20):
             model(chunk, model.update_range)
@@ -50,14 +51,14 @@ def folded(pictures):
 def network(folded, pictures):
     """Makes the INT8_Model of a recipe, once. All but the default's get ranges that the pictures exceed."""
     made, narrow = {}, copy.deepcopy(folded)
-    for place in script.ACTIVATIONS[1:]:
-        narrow.ranges[place].mul_(0.1 if place == "fc1" else 0.3)
+    for name in script.ACTIVATIONS[1:]:
+        narrow.ranges[name] *= 0.1 if name == "fc1" else 0.3
 
     def make(name):
         if name not in made:
-            model, recipe = folded if name == "default" else narrow, script.read_constants(script.LEGAL_RECIPE) | RECIPES[name]
-            _, made[name] = script.quantize_network(model, pictures[:10], recipe)
-            script.choose_engine(made[name], pictures[:2])
+            model, recipe = folded if name == "default" else narrow, DEFAULT | RECIPES[name]
+            width, height = recipe["IMAGE_SIZE"]
+            _, made[name] = script.quantize_network(model, pictures[:10, :, :height, :width], recipe)
         return made[name]
 
     return make
@@ -91,8 +92,8 @@ def engine_of(name, content):
     return {"ONNX Runtime": export_onnx.onnxruntime_engine, "OpenVINO": export_onnx.openvino_engine}[name](content)[1]
 
 
-def skip_where_kernels_saturate(model):
-    if script.kernels_overflow(model.recipe):
+def skip_where_kernels_overflow(model):
+    if script.kernels_overflow(model):
         pytest.skip("this CPU adds pairs of products in 16 bits, and so do the engines: their answers are others")
 
 
@@ -103,7 +104,7 @@ def initializers_of(content):
 
 @pytest.mark.parametrize("name", ["default", "scales per layer", "quantized logits"])
 def test_initializers_are_the_checkpoints(name, network, checkpoint):
-    """The same integers, and scales that are 1 / the script's up to their last two bits."""
+    """The same integers, and scales that are 1 / the script's except for their last two bits."""
     model = network(name)
     saved = model.state_dict()
     if name == "default":
@@ -129,10 +130,10 @@ def test_file_has_the_integers_and_little_else(exported, checkpoint):
 
 
 def test_metadata(exported):
-    """What an engine hands out to who has nothing but the file."""
+    """Enough to use the file without anything else."""
     session = onnxruntime.InferenceSession(exported[0])
     metadata = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-    assert metadata.pop("recipe") == script.read_constants(script.LEGAL_RECIPE) | {"IMAGE_SIZE": [224, 224]}
+    assert metadata.pop("recipe") == DEFAULT | {"IMAGE_SIZE": [224, 224]}
     assert metadata == {"classes": ["cat", "dog"], "image_size": [224, 224]}
     (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["n", 3, 224, 224])
@@ -145,9 +146,9 @@ def answers(run, pixels, batch):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_answer_as_the_script(engine, exported, network, pictures):
-    """On all 100 pictures, and beyond the classes: no rounding tie moves any of them."""
+    """The logits of all 100 pictures: no rounding tie moves any of them."""
     model = network("default")
-    skip_where_kernels_saturate(model)
+    skip_where_kernels_overflow(model)
     run = engine_of(engine, exported[0].read_bytes())
     with torch.inference_mode():
         expected = torch.cat([model(chunk) for chunk in pictures.split(20)]).numpy()
@@ -159,18 +160,18 @@ def test_engines_answer_as_the_script(engine, exported, network, pictures):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "default"])
-def test_every_recipe_is_answered_as_by_the_script(engine, name, network, pictures):
-    """With values that are clipped at every place. A rounding tie may move one picture."""
+def test_engines_answer_as_the_script_with_every_recipe(engine, name, network, pictures):
+    """With values that are clipped in every activation. A rounding tie may move one picture."""
     model = network(name)
-    skip_where_kernels_saturate(model)
+    skip_where_kernels_overflow(model)
     width, height = model.recipe["IMAGE_SIZE"]
     pixels = pictures[:8, :, :height, :width]
     run = engine_of(engine, export_onnx.onnx_bytes(model))
     with torch.inference_mode():
-        expected, places = model(pixels).numpy(), script.activations_of(model, pixels)
-    for place in script.ACTIVATIONS[1:6]:
-        assert (places[place] == model.integers[place].high).any()
-    assert (places["fc1"] == model.integers["fc1"].low).any()
+        expected, found = model(pixels).numpy(), script.activations_of(model, pixels)
+    for name in script.ACTIVATIONS[1:6]:
+        assert (found[name] == model.integers[name].high).any()
+    assert (found["fc1"] == model.integers["fc1"].low).any()
     for batch in (1, 5):
         logits = answers(run, pixels, batch)
         assert (logits.argmax(1) == expected.argmax(1)).all()
@@ -180,11 +181,11 @@ def test_every_recipe_is_answered_as_by_the_script(engine, name, network, pictur
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pixels_on_rounding_ties(engine, folded, pictures):
-    """Calibrated on dark pictures, up to 200: times 255 / 200, 20 is 25.5, and so on with each odd multiple of it."""
+    """With an input range of 200: 20 * 255 / 200 is 25.5, and so on with each odd multiple of 20."""
     dark = copy.deepcopy(folded)
     dark.ranges["input"].fill_(200)
-    _, model = script.quantize_network(dark, pictures[:2], script.read_constants(script.LEGAL_RECIPE) | FAST)
-    skip_where_kernels_saturate(model)
+    _, model = script.quantize_network(dark, pictures[:2], DEFAULT | FAST)
+    skip_where_kernels_overflow(model)
     pixels = torch.randint(0, 13, (3, 3, 224, 224), generator=torch.Generator().manual_seed(0)).mul(20).to(torch.uint8)
     with torch.inference_mode():
         expected = model(pixels).numpy()
@@ -192,11 +193,11 @@ def test_pixels_on_rounding_ties(engine, folded, pictures):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_onnxruntime_runs_integer_kernels_alone(exported, tmp_path):
-    """By the graph that it saves after it has optimized it."""
+def test_onnxruntime_runs_only_integer_kernels(exported, tmp_path):
+    """In the graph that it saves after optimization."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3          # it warns that the saved file is for this machine alone
+    options.log_severity_level = 3          # it warns that the saved file is only for this machine
     onnxruntime.InferenceSession(exported[0], options, providers=["CPUExecutionProvider"])
     graph = onnx.load(tmp_path / "optimized.onnx").graph
     operators = [node.op_type for node in graph.node]
@@ -204,8 +205,8 @@ def test_onnxruntime_runs_integer_kernels_alone(exported, tmp_path):
     assert set(operators) <= {"QLinearConv", "QGemm", "NhwcMaxPool", "MaxPool", "Transpose", "Flatten", "Clip"}
 
 
-def test_openvino_runs_integer_kernels_alone(exported):
-    """By the graph that it executes: all that computes reads integers of 8 bits."""
+def test_openvino_runs_only_integer_kernels(exported):
+    """In the graph that it executes, all that computes reads integers of 8 bits."""
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     compiled = openvino.Core().compile_model(exported[0], "CPU")
     rows = [{key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}
@@ -217,7 +218,7 @@ def test_openvino_runs_integer_kernels_alone(exported):
     assert {row["layerType"] for row in rows} <= kernels.keys() | others
 
 
-def test_the_tool_prints_its_proof(exported):
+def test_the_tool_prints_its_check(exported):
     path, out = exported
     found = re.search(rf"ONNX Runtime {onnxruntime.__version__}: 100 of 100 classes are the script's; logit SQNR "
                      r"([\d.]+) dB,\n  largest change of a logit ([\d.e-]+), below 80 dB 0 of 100\n", out)
@@ -227,36 +228,36 @@ def test_the_tool_prints_its_proof(exported):
 
 @pytest.mark.parametrize("moved, others, sqnr, near", [(0, 0, 80.3, True), (5, 0, 80.4, True), (6, 0, 80.4, False),
                                                        (0, 1, 14.0, False)])
-def test_bound_of_the_proof(moved, others, sqnr, near, capsys):
+def test_bound_of_the_check(moved, others, sqnr, near, capsys):
     """Logits 3 and -3: 80 dB below them is 3e-4. 5 of 100 may move further; no class may be another."""
     by_script = np.tile(np.float32([3, -3]), (100, 1))
     logits = by_script + np.float32(2.9e-4)
     logits[:moved] = by_script[:moved] + np.float32([3.1e-4, 0])
     logits[100 - others:] = -by_script[100 - others:]
     if near:
-        export_onnx.prove("engine", logits, by_script)
+        export_onnx.check_answers("engine", logits, by_script)
     else:
         with pytest.raises(script.InputError, match="^engine does not answer as the script does"):
-            export_onnx.prove("engine", logits, by_script)
+            export_onnx.check_answers("engine", logits, by_script)
     printed = capsys.readouterr().out
     assert f"engine: {100 - others} of 100 classes are the script's; logit SQNR {sqnr:.1f} dB,\n" in printed
     assert printed.endswith(f", below 80 dB {moved + others} of 100\n")
 
 
-def test_tie_and_no_number_in_the_proof():
+def test_tie_and_nan_in_the_check():
     by_script = np.tile(np.float32([3, -3]), (100, 1))
     by_script[0] = [1e-4, 0]
     logits = by_script.copy()
     logits[0] = [0, 1e-4]                                       # a tie may fall either way
-    export_onnx.prove("engine", logits, by_script)
+    export_onnx.check_answers("engine", logits, by_script)
     logits[1:] = np.nan
     with pytest.raises(script.InputError):
-        export_onnx.prove("engine", logits, by_script)
+        export_onnx.check_answers("engine", logits, by_script)
 
 
 @pytest.fixture
 def ten_pictures(tmp_path_factory, monkeypatch):
-    """The script's pictures become ten, for the tests that need no more."""
+    """The script's pictures are only ten, for the tests that need no more."""
     folder = tmp_path_factory.mktemp("pictures") / "val"
     folder.mkdir()
     for i in range(5):
@@ -266,7 +267,7 @@ def ten_pictures(tmp_path_factory, monkeypatch):
 
 
 def stopped_with(monkeypatch, checkpoint, output):
-    """Call the tool in this process; the line that it ends with, exit status 1."""
+    """Call the tool in this process; return the line that it ends with."""
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(checkpoint), "--output", str(output)])
     with pytest.raises(SystemExit) as stopped:
         export_onnx.main()
@@ -276,8 +277,8 @@ def stopped_with(monkeypatch, checkpoint, output):
 
 @pytest.mark.parametrize("layer, channel, before", [("cnn1", 3, None), ("cnn4", 0, b"of a run before"),
                                                     ("fc1", slice(None), None), ("fc2", 1, b"of a run before")])
-def test_a_wrong_scale_is_caught(layer, channel, before, checkpoint, ten_pictures, tmp_path, monkeypatch):
-    """One that is 1 % too large: no file is left, or the one that was there."""
+def test_a_wrong_scale_is_refused(layer, channel, before, checkpoint, ten_pictures, tmp_path, monkeypatch):
+    """One that is 1 % too large: no file is written, and one that was there stays."""
     right = export_onnx.weight_scale
 
     def wrong(model, of):
@@ -317,7 +318,7 @@ def test_rows_of_the_comparison(engine, module, network, folded, pictures, tmp_p
     """tools/compare_engines.py runs FP32 and our integers in both engines, before it lets them quantize themselves."""
     pytest.importorskip(module, reason=f"{module} is not installed")
     model = network("default")
-    skip_where_kernels_saturate(model)
+    skip_where_kernels_overflow(model)
     compare_engines.export_networks(folded, model, tmp_path)
     make = {"ONNX Runtime": compare_engines.onnxruntime_engines, "OpenVINO": compare_engines.openvino_engines}[engine]
     fp32, int8 = itertools.islice(make(pictures[:7], tmp_path), 2)

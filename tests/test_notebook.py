@@ -1,5 +1,6 @@
 """The script executed as the notebook it is: by Jupytext's cells, in one kernel, edited and run again."""
 import json
+import shutil
 
 import jupytext
 import nbclient
@@ -18,12 +19,18 @@ class Notebook:
         self.book.cells.append(jupytext.reads("# %%\n# %run tools/explain.py", "py:percent").cells[0])
         self.client = nbclient.NotebookClient(self.book, timeout=300, kernel_name="python3",
                                               resources={"metadata": {"path": str(place.folder)}})
-        self.constants = next(i for i, cell in enumerate(self.book.cells) if cell.source.startswith("# what is run"))
+        self.constants = self.cell('DATA_DIR = "cat_dog"')
+
+    def cell(self, word):
+        """The number of the one code cell that holds the word."""
+        found, = [i for i, cell in enumerate(self.book.cells) if cell.cell_type == "code" and word in cell.source]
+        return found
 
     def edit(self, line, other):
         cell = self.book.cells[self.constants]
         assert cell.source.count(line) == 1
         cell.source = cell.source.replace(line, other)
+        self.client.execute_cell(cell, self.constants)
 
     def run(self, first, last=-1):
         for i, cell in enumerate(self.book.cells[first:last], first):
@@ -31,10 +38,19 @@ class Notebook:
                 cell.outputs = []
                 self.client.execute_cell(cell, i)
 
+    def fails(self, first, last=-1):
+        """(name, lines) of the error at which a run of these cells ends."""
+        for cell in self.book.cells:
+            cell.outputs = []
+        with pytest.raises(CellExecutionError):
+            self.run(first, last)
+        failed, = [cell for cell in self.book.cells if any(output.output_type == "error" for output in cell.outputs)]
+        error = next(output for output in failed.outputs if output.output_type == "error")
+        return error.ename, error.traceback
+
     def printed(self, word):
-        """What the cells below that hold the word have printed."""
-        cells = [cell for cell in self.book.cells if cell.cell_type == "code" and word in cell.source]
-        return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+        """What the cell that holds the word has printed."""
+        return "".join(output.get("text", "") for output in self.book.cells[self.cell(word)].outputs)
 
 
 def results(place):
@@ -57,39 +73,111 @@ def assert_same_run(place, plain, **constants):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("notebook")), Place(tmp_path_factory.mktemp("plain"))
+    """Two folders: one for a notebook, one for the file as a program. Each has calibration pictures of two kinds."""
+    made = Place(tmp_path_factory.mktemp("notebook")), Place(tmp_path_factory.mktemp("plain"))
+    (made[0].folder / "tools").symlink_to(ROOT / "tools")
+    for place in made:
+        shutil.copytree(place.val, place.val.with_name("other"))
+    return made
 
 
-def test_as_a_notebook(places):
-    place, plain = places
-    (place.folder / "tools").symlink_to(ROOT / "tools")
-    notebook = Notebook(place)
+@pytest.fixture(scope="module")
+def notebook(places):
+    """One that has been run from its first cell to its last."""
+    notebook = Notebook(places[0])
     with notebook.client.setup_kernel():
         notebook.run(0)
-        assert_same_run(place, plain)
-        assert "26,616,840" not in notebook.printed("choose_engine(int8_model, pixels)")        # of 6 pictures here
-        assert "INT8 Top1: " in notebook.printed("int8 = evaluate(")
+        yield notebook
 
-        # a constant edited, its cell and those below run again: nothing is left over from the run before
-        notebook.edit("EQUALIZE = True ", "EQUALIZE = False")
-        notebook.run(notebook.constants)
-        assert_same_run(place, plain, EQUALIZE=False)
-        table = notebook.printed("print_runs(add_run(")        # both runs, and the constant that differs
-        assert "EQUALIZE" in table and " True" in table and "False" in table and ">2" in table
-        before = results(place)[0]
 
-        # bad input: one readable line, and the cells below do not run
-        notebook.edit('CHECKPOINT = "BEST_checkpoint.pth.tar"', 'CHECKPOINT = "nowhere.pth.tar"')
-        with pytest.raises(CellExecutionError):
-            notebook.run(notebook.constants)
-        failed = [cell for cell in notebook.book.cells if cell.cell_type == "code"
-                  and any(output.output_type == "error" for output in cell.outputs)]
-        assert len(failed) == 1 and "load_checkpoint(resolve_path(CHECKPOINT))" in failed[0].source
-        error = next(output for output in failed[0].outputs if output.output_type == "error")
-        assert (error.ename, len(error.traceback)) == ("InputError", 1)
-        assert "\n" not in error.traceback[0] and "no checkpoint" in error.traceback[0]
-        assert "nowhere.pth.tar" in error.traceback[0] and "set CHECKPOINT" in error.traceback[0]
-        assert results(place)[0] == before
+# the first cell of the run, and those of its steps
+FIRST, FOLD, QUANTIZE = "set_constants(sys.argv", "folded = model.fused()", "int8_model = quantize_network("
+EVALUATE, SAVE = "int8 = evaluate(", "print_runs(add_run("
+
+
+def test_as_a_notebook(places, notebook):
+    place, plain = places
+    assert_same_run(place, plain)
+    assert "26,616,840" not in notebook.printed("choose_engine(int8_model, pixels)")        # of 6 pictures here
+    assert "INT8 Top1: " in notebook.printed(EVALUATE)
+
+    # a constant edited, its cell and those below run again: nothing is left over from the run before
+    notebook.edit("EQUALIZE = True ", "EQUALIZE = False")
+    notebook.run(notebook.constants)
+    assert_same_run(place, plain, EQUALIZE=False)
+    table = notebook.printed(SAVE)                  # both runs, and the constant that differs
+    assert "EQUALIZE" in table and " True" in table and "False" in table and ">2" in table
+    before = results(place)[0]
+
+    # bad input: one readable line, and the cells below do not run
+    notebook.edit('CHECKPOINT = "BEST_checkpoint.pth.tar"', 'CHECKPOINT = "nowhere.pth.tar"')
+    name, lines = notebook.fails(notebook.constants)
+    assert (name, len(lines)) == ("InputError", 1) and "\n" not in lines[0]
+    assert "no checkpoint" in lines[0] and "nowhere.pth.tar" in lines[0] and "set CHECKPOINT" in lines[0]
+    assert results(place)[0] == before
+
+    notebook.edit('CHECKPOINT = "nowhere.pth.tar"', 'CHECKPOINT = "BEST_checkpoint.pth.tar"')
+    notebook.edit("EQUALIZE = False", "EQUALIZE = True ")
+    notebook.run(notebook.constants)
+
+
+def test_empty_folder_is_named_by_the_working_folder(tmp_path):
+    shutil.copy(ROOT / "quantize_catdog.py", tmp_path)
+    place = Place(tmp_path / "elsewhere")
+    place.folder = tmp_path
+    notebook = Notebook(place)
+    with notebook.client.setup_kernel():
+        name, lines = notebook.fails(0)
+    assert (name, len(lines)) == ("InputError", 1)
+    assert f"no usable picture in {tmp_path}/cat_dog/val" in lines[0]
+    assert not (tmp_path / "results").exists()
+
+
+def test_fold_again_without_calibration_is_an_error(places, notebook):
+    before = results(places[0])[0]
+    notebook.run(notebook.cell(FOLD), notebook.cell(FOLD) + 1)
+    name, lines = notebook.fails(notebook.cell(QUANTIZE))
+    assert name == "InputError" and "calibrate first" in lines[0]
+    assert results(places[0])[0] == before
+    notebook.run(notebook.constants)
+
+
+@pytest.mark.parametrize("line, other", [("BIT = 8 ", "BIT = 4 "),
+                                         ("IMAGE_SIZE = (224, 224)", "IMAGE_SIZE = (220, 220)")])
+def test_network_of_other_constants_is_not_evaluated(places, notebook, line, other):
+    """The first cell of the run, then Evaluate to the end: the INT8 network is that of the old constants."""
+    before = results(places[0])[0]
+    cell = notebook.book.cells[notebook.constants]
+    cell.source = cell.source.replace(f"\n{line}", f"\n{other}")
+    notebook.run(notebook.constants, notebook.cell(FIRST) + 1)
+    assert notebook.fails(notebook.cell(EVALUATE))[0] == "NameError"
+    assert results(places[0])[0] == before
+    cell.source = cell.source.replace(f"\n{other}", f"\n{line}")
+    notebook.run(notebook.constants)
+
+
+def test_recipe_is_read_where_the_network_is_quantized(places, notebook):
+    notebook.edit("WEIGHT_BIT = 8 ", "WEIGHT_BIT = 5 ")
+    notebook.run(notebook.cell(EVALUATE))           # the network is still the one of 8 bits: so says the report
+    report, tensors = results(places[0])
+    assert report["recipe"]["WEIGHT_BIT"] == report["constants"]["WEIGHT_BIT"] == 8
+    assert tensors["fc1.weight"].abs().max() > 100
+    notebook.run(notebook.cell(QUANTIZE))
+    assert_same_run(*places, WEIGHT_BIT=5)
+    report, tensors = results(places[0])
+    assert report["constants"]["WEIGHT_BIT"] == 5 and tensors["fc1.weight"].abs().max() == 15
+    notebook.edit("WEIGHT_BIT = 5 ", "WEIGHT_BIT = 8 ")
+    notebook.run(notebook.constants)
+
+
+def test_other_calibration_pictures_must_calibrate(places, notebook):
+    before = results(places[0])[0]
+    notebook.edit('CALIBRATION_SPLIT = "train"', 'CALIBRATION_SPLIT = "other"')
+    notebook.run(notebook.cell(FIRST), notebook.cell(FOLD) + 1)
+    assert notebook.fails(notebook.cell(QUANTIZE))[0] == "NameError"
+    assert results(places[0])[0] == before
+    notebook.run(notebook.constants)
+    assert_same_run(*places, CALIBRATION_SPLIT="other")
 
 
 def test_markdown_cells_head_each_step():
@@ -112,5 +200,5 @@ def test_executed_notebook_is_the_script():
         (cell.cell_type, cell.source) for cell in script.cells]
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
-    assert sum(output.output_type == "display_data" for output in outputs) == 2     # answers, and the report
+    assert sum(output.output_type == "display_data" for output in outputs) == 1     # the report
     assert path.stat().st_size < 1e6

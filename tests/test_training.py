@@ -1,9 +1,9 @@
-"""What made the pictures and the checkpoint."""
+"""The programs that made the pictures and the checkpoint."""
 import sys
 
 import numpy as np
 import pytest
-import quantize_catdog
+import quantize_catdog as script
 import torch
 from PIL import Image
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "training"))
 import draw_cat_dog  # noqa: E402
 import train_checkpoint  # noqa: E402
 
-SEEDS = {"val": 0, "train": 2}        # of the shipped drawings: what --seed was
+SEEDS = {"val": 0, "train": 2}        # --seed of the shipped drawings
 
 
 @pytest.mark.parametrize("split", SEEDS)
@@ -35,7 +35,7 @@ def test_a_seed_always_draws_the_same():
 
 @pytest.mark.parametrize("split, seed", SEEDS.items())
 def test_shipped_pictures_are_the_tools(split, seed):
-    """Up to JPEG's loss: the tool still draws what lies in cat_dog. No drawing calibrates and is counted."""
+    """Up to JPEG's loss, the tool still draws what is in cat_dog. No drawing is there twice."""
     for kind, i in (("cat", 3), ("dog", 11)):
         drawn = draw_cat_dog.draw(kind, seed * draw_cat_dog.SEEDS_PER_RUN + i)
         with Image.open(ROOT / "cat_dog" / split / f"{kind}.{i}.jpg") as shipped:
@@ -57,7 +57,7 @@ def test_trained_network_is_the_scripts():
         bn.running_var.uniform_(0.2, 2)
     trained.keep_gamma_positive()
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    model = quantize_catdog.CNN_Model().eval()
+    model = script.CNN_Model().eval()
     model.load_state_dict(train_checkpoint.fold_normalization(trained.state_dict()), strict=False)
     with torch.no_grad():
         expected = trained(train_checkpoint.normalize(pixels.float()))
@@ -71,7 +71,7 @@ def train(monkeypatch, folder, *arguments):
 
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    """To the same weights as in one go; and what it writes is what the script loads."""
+    """To the same weights as without an interruption; and the script loads what it writes."""
     (tmp_path / "photos").mkdir()
     for i in range(21):
         for kind in ("cat", "dog"):
@@ -79,14 +79,14 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     arguments = ["--photos", str(tmp_path / "photos"), "--drawn", "2", "--epochs", "2"]
     train(monkeypatch, tmp_path, *arguments)
     whole = torch.load(tmp_path / "c.pth.tar", weights_only=True)["model"]
-    quantize_catdog.load_checkpoint(tmp_path / "c.pth.tar")
+    script.load_checkpoint(tmp_path / "c.pth.tar")
     (tmp_path / "c.pth.tar").unlink()
     (tmp_path / "c.pth.tar.training").unlink()
 
     count, step = [0], torch.optim.AdamW.step
     def interrupted(self, *args, **kwargs):
         count[0] += 1
-        if count[0] == 4:                                   # in the second epoch of two steps each
+        if count[0] == 4:                                   # in the second epoch of two batches each
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

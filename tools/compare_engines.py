@@ -4,13 +4,14 @@
     python tools/compare_engines.py --calibration FOLDER --evaluation FOLDER [--notebook FILE]
                                     [--rounds 15] [--batches 1 5 32]
 
-Both folders hold pictures called cat.N.jpg and dog.N.jpg; without them, cat_dog/val is taken. Every
-engine gets the same checkpoint, the same 100 calibration pictures at most, the same evaluation
-pictures and the same number of threads. Each is given its batch in the form that it takes fastest;
-making that form is not timed. In each round every engine runs every batch size over about 64
-pictures, in a changing order, so that drift hits all alike. All of them run with the memory
-settings of the script's run (`prepare_process`), which help whatever uses torch. "Our integers" are
-the script's INT8 network in another engine, in the file that tools/export_onnx.py makes.
+Both folders hold pictures called cat.N.jpg and dog.N.jpg; without them, cat_dog/train and
+cat_dog/val are taken. Every engine gets the same checkpoint, the same 100 calibration pictures at
+most, the same evaluation pictures and the same number of threads. Each is given its batch in the
+form that it takes fastest; making that form is not timed. In each round every engine runs every
+batch size over about 64 pictures, in a changing order, so that drift affects all alike. All of them
+run with the memory settings of the script's run (`prepare_process`), which help whatever uses
+torch. "Our integers" are the script's INT8 network in another engine, in the file that
+tools/export_onnx.py makes.
 FILE is the notebook that the script ports, as for tools/compare_notebook.py: its class is cut out
 of it and runs in a process of its own, which times itself when its turn comes. What is left out,
 and why, is printed; the table is Markdown.
@@ -65,7 +66,7 @@ class Engine:
 
     @torch.inference_mode()     # as the script runs its own
     def seconds(self, batch):
-        """How long all its batches of a size take, after three to get going."""
+        """How long all its batches of a size take, after three that are not timed."""
         run, inputs = self.ready[batch]
         for x in (inputs * 3)[:3]:
             run(x)
@@ -76,7 +77,7 @@ class Engine:
 
 
 class RemoteEngine:
-    """An Engine of the notebook's process: what is asked of it is done there, and timed there."""
+    """An Engine of the notebook's process, in which it computes and times itself."""
 
     def __init__(self, process, name, size):
         self.process, self.name, self.size = process, name, size
@@ -105,12 +106,12 @@ def notebook_engines(notebook, pixels, folder):
         yield RemoteEngine(process, name, checkpoint.stat().st_size)
 
 
-NOTEBOOK_ENGINES = {}       # {name: Engine}, filled and used in the notebook's process alone
+NOTEBOOK_ENGINES = {}       # {name: Engine}, filled and used only in the notebook's process
 
 
 @torch.no_grad()
 def load_notebook(folder, pixels, checkpoint):
-    """In the notebook's process: make its engines, calibrated by its observers; their names."""
+    """In the notebook's process: make its engines, calibrated by its observers; return names."""
     script.prepare_process()
     sys.path.insert(0, str(folder))
     from notebook_network import CNN_Model
@@ -127,7 +128,7 @@ def load_notebook(folder, pixels, checkpoint):
     fp32, int8 = models
 
     def int8_logits(x):
-        # the notebook divides them by FC2's weight scale; by their own, they compare with FP32's
+        # the notebook divides them by FC2's weight scale; divided by their own they are like FP32's
         return int8(x) / int8.scale_fc2
 
     size = checkpoint.stat().st_size
@@ -151,19 +152,20 @@ def notebook_seconds(name, batch):
 
 
 def quantized(folded, pixels):
-    """The script's INT8_Model by its constants' recipe, calibrated on these pictures."""
+    """The script's INT8_Model by the recipe of its constants, calibrated on these pictures."""
+    folded.reset_ranges()
     for chunk in pixels.split(script.BATCH_SIZE):
         folded(chunk, folded.update_range)
-    sample = pixels[:script.SAMPLE]
-    _, int8_model = script.quantize_network(folded, sample, script.read_constants(script.LEGAL_RECIPE))
-    exact = script.choose_engine(int8_model, sample)
-    print(f"script: {int8_model.engine}, {exact['compared']:,} values compared with the reference, "
-          f"{exact['different']} differ")
+    sample, recipe = pixels[:script.SAMPLE], script.read_constants(script.LEGAL_RECIPE)
+    _, int8_model = script.quantize_network(folded, sample, recipe)
+    check = script.choose_engine(int8_model, sample)
+    print(f"script: {int8_model.engine}, {check['compared']:,} values compared with the reference, "
+          f"{check['different']:,} differ")
     return int8_model
 
 
 def script_engines(folded, int8_model):
-    """The script's own two passes, with the constants that it carries."""
+    """The script's FP32 and INT8 networks."""
     fp32_size = script.resolve_path(script.CHECKPOINT).stat().st_size
     int8_size = len(script.int8_checkpoint(int8_model))
     yield Engine("this script FP32", lambda x: x, lambda batch: folded, fp32_size)
@@ -264,10 +266,10 @@ def openvino_engines(pixels, folder):
                 "INFERENCE_PRECISION_HINT": "f32"}      # else some CPUs run FP32 as bfloat16
 
     def with_nhwc_input(model):
-        steps, layout = PrePostProcessor(model), openvino.Layout
-        steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(layout("NHWC"))
-        steps.input().model().set_layout(layout("NCHW"))
-        return steps.build()
+        processor, layout = PrePostProcessor(model), openvino.Layout
+        processor.input().tensor().set_element_type(openvino.Type.u8).set_layout(layout("NHWC"))
+        processor.input().model().set_layout(layout("NCHW"))
+        return processor.build()
 
     def size_of(model):
         openvino.save_model(model, folder / "openvino.xml", compress_to_fp16=False)
@@ -288,7 +290,7 @@ def openvino_engines(pixels, folder):
 
     model = core.read_model(folder / "fp32.onnx")
     yield engine("OpenVINO FP32", model, nhwc, size_of(model))
-    # as the file is: with a change of layout before it, its first convolution would run in FP32
+    # without a change of layout, with which its first convolution would run in FP32
     int8 = folder / "int8.onnx"
     yield engine("OpenVINO, our integers", core.read_model(int8), nchw, int8.stat().st_size)
     for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
@@ -338,34 +340,38 @@ def pt2e_engines(folded, pixels, folder):
 
 
 def multiply_adds(model):
-    """Of one picture: each value of a place is a sum over one row of its layer's weights."""
+    """Of one picture: each output of a layer is a sum over one row of its weights."""
     width, height = script.IMAGE_SIZE
-    places = script.activations_of(model, torch.zeros(1, 3, height, width))
-    return sum(places[layer.output].numel() * model.get_submodule(layer.name).weight[0].numel()
+    activations = script.activations_of(model, torch.zeros(1, 3, height, width))
+    return sum(activations[layer.output].numel() * model.get_submodule(layer.name).weight[0].numel()
                for layer in script.LAYERS)
 
 
 def gemm_rate(n=1024):
-    """Multiply-adds a second of a large uint8 x int8 product, the best of 20: what VNNI reaches."""
+    """Multiply-adds per second of a large uint8 x int8 product, best of 20: what VNNI reaches."""
     weight = torch.randint(-127, 128, (n, n), dtype=torch.int8)
     x = torch.randint(0, 256, (n, n), dtype=torch.uint8)
-    one, zero = torch.ones(n), torch.zeros(n, dtype=torch.int32)
-    packed, seconds = script.pack(weight, one), []
+    no_bias, multiplier = torch.zeros(n, dtype=torch.int32), torch.ones(n)
+    inputs = script.int_range(8, unsigned=True)
+    product = script.INT8Layer(weight, no_bias, multiplier, inputs, outputs=None, kernel=True)
+    seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        script.kernel(x, packed, one, zero, zero.float(), torch.float32, "none")
+        product(x)
         seconds.append(time.perf_counter() - start)
     return n**3 / min(seconds)
 
 
-def pictures(folder):
-    """uint8 pixels (n, 3, height, width) and labels of a folder."""
-    pixels, labels, _ = zip(*script.CatDogDataset(folder).batches(), strict=True)
-    return torch.cat(pixels), torch.cat(labels)
+def pixels_and_labels(folder):
+    """uint8 pixels (n, 3, height, width) and labels of a folder's pictures."""
+    pictures = script.CatDogDataset(folder)
+    items = pictures.__getitems__(range(len(pictures)))
+    pictures.usable()       # at least one
+    return pictures.collate_fn(items)
 
 
 def measure(engines, pixels, batches, rounds):
-    """{(engine name, batch): [ms a picture of each round]}."""
+    """{(engine name, batch): [ms per picture of each round]}."""
     count, turns = {}, []
     for batch in batches:
         count[batch] = max(1, min(64, len(pixels)) // batch) * batch
@@ -376,7 +382,7 @@ def measure(engines, pixels, batches, rounds):
     for _ in range(rounds):
         random.shuffle(turns)
         for engine, batch in turns:
-            time.sleep(0.05)            # the threads of the engine before this one stop spinning
+            time.sleep(0.05)            # until the threads of the engine before this one sleep
             times[engine.name, batch].append(1e3 * engine.seconds(batch) / count[batch])
     return times
 
@@ -398,10 +404,10 @@ def main():
     warnings.filterwarnings("ignore")
     random.seed(0)
     calibration = script.CatDogDataset(args.calibration).first_pixels(100)
-    pixels, labels = pictures(args.evaluation)
+    pixels, labels = pixels_and_labels(args.evaluation)
     if args.rounds < 1 or not all(1 <= batch <= len(pixels) for batch in args.batches):
-        parser.error(f"give at least one round, and batches of 1 to {len(pixels)} pictures, which "
-                     "is all there are")
+        parser.error(f"give at least one round, and batches of 1 to {len(pixels)} pictures: there "
+                     "are no more")
     folded = script.load_checkpoint(script.resolve_path(script.CHECKPOINT)).fused()
     engines, quality = [], {}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
@@ -420,7 +426,7 @@ def main():
                 for engine in make(*inputs):
                     quality[engine.name] = engine.logits(pixels, 32)
                     engines.append(engine)
-            except Exception as error:      # another's engine may be missing, or fail
+            except Exception as error:      # another engine may be missing, or fail
                 if make is script_engines:
                     raise
                 reason = " ".join(str(error).split())[:300]
@@ -428,7 +434,7 @@ def main():
         times = measure(engines, pixels, args.batches, args.rounds)
         macs, rate = multiply_adds(folded), gemm_rate()
     print(f"\n{' '.join(['python', *sys.argv])}\n{cpu_name()}, {torch.get_num_threads()} threads, "
-          f"Python {platform.python_version()}, {versions()}\n{len(labels)} pictures; ms a "
+          f"Python {platform.python_version()}, {versions()}\n{len(labels)} pictures; ms per "
           f"picture: median (10th to 90th percentile) of {args.rounds} rounds; x: times as long as "
           "this script's INT8\n")
     print_table(engines, quality, times, labels, args.batches)
@@ -436,14 +442,14 @@ def main():
     reached = [f"{100 * least / statistics.median(times[OURS, batch]):.0f} % of it at batch {batch}"
                for batch in args.batches]
     print(f"\nA 1024 x 1024 x 1024 uint8 x int8 matrix product reaches {rate / 1e12:.2f} T "
-          f"multiply-adds a second here; at that rate the {macs / 1e6:.0f} M of a picture take "
+          f"multiply-adds per second here; at that rate the {macs / 1e6:.0f} M of a picture take "
           f"{least:.3f} ms. This script's INT8 pass reaches {', '.join(reached)}.")
 
 
 def print_table(engines, quality, times, labels, batches):
-    """One Markdown row an engine, slowest first. quality: {engine's name: logits}."""
+    """One Markdown row per engine, slowest first. quality: {engine's name: logits}."""
     middle = {key: statistics.median(values) for key, values in times.items()}
-    reference = quality["this script FP32"]
+    fp32 = quality["this script FP32"]
     heads = [f"{what}, batch {batch}" for batch in batches for what in ("ms", "x")]
     print("| engine | " + " | ".join(heads)
           + " | Top-1 | same class | logit SQNR | file, KB |")
@@ -456,12 +462,12 @@ def print_table(engines, quality, times, labels, batches):
             ratio = middle[engine.name, batch] / middle[OURS, batch]
             cells += [f"{middle[engine.name, batch]:.2f} ({low:.2f}-{high:.2f})", f"{ratio:.2f}"]
         logits = quality[engine.name]
-        sqnr = script.sqnr_db(reference, logits)
-        same = (logits.argmax(1) == reference.argmax(1)).double().mean().item()
+        sqnr = script.sqnr_db(fp32, logits)
+        same = (logits.argmax(1) == fp32.argmax(1)).double().mean().item()
         right = (logits.argmax(1) == labels).double().mean().item()
-        decibels = "-" if sqnr is None else f"{sqnr:.1f} dB"
+        noise = "-" if sqnr is None else f"{sqnr:.1f} dB"
         print(f"| {engine.name} | " + " | ".join(cells) + f" | {100 * right:.1f} % "
-              f"| {100 * same:.1f} % | {decibels} | {engine.size / 1000:,.0f} |")
+              f"| {100 * same:.1f} % | {noise} | {engine.size / 1000:,.0f} |")
 
 
 def versions():
@@ -474,5 +480,6 @@ def versions():
 
 
 if __name__ == "__main__":
+    sys.excepthook = script.end_in_one_line
     logging.disable(logging.WARNING)
     main()

@@ -3,14 +3,14 @@
     python tools/compare_notebook.py --notebook FILE [--pictures FOLDER] [--before SCRIPT]
                                      [--rounds 3]
 
-FILE is the notebook (.ipynb), or a Markdown file with its code. The code is cut out of it into a
-folder of its own and run there as it stands, but for one line: our checkpoint holds a state_dict,
-not a pickled module. FOLDER holds pictures called cat.N.jpg and dog.N.jpg, and nothing else;
-without it, cat_dog/val is taken. SCRIPT is another version of quantize_catdog.py.
+FILE is the notebook (.ipynb), or a Markdown file with its code. Its code runs unchanged in a folder
+of its own, except for one line: our checkpoint holds a state_dict, not a pickled module. FOLDER
+holds pictures called cat.N.jpg and dog.N.jpg, and nothing else; without it, cat_dog/val is taken.
+SCRIPT is another version of quantize_catdog.py.
 
-All run as whole programs, timed from the start of their process to its end; what their imports
-take is measured in the same rounds and given apart. The floor is what no run can do without:
-imports, decoding, one FP32 pass and one INT8 pass, each timed alone in the same rounds.
+All run as whole programs, timed from the start of their process to its end. The time of their
+imports is measured in the same rounds and given separately. The floor is what no run can do
+without: imports, decoding, one FP32 pass and one INT8 pass, each timed alone in the same rounds.
 """
 import argparse
 import ast
@@ -68,7 +68,7 @@ def code_of(path):
 def leading_python(text):
     """The longest beginning of a text that ends at an empty line and is Python.
 
-    Outputs and prose follow the code of a cell unmarked; once they come in, it is no Python.
+    Outputs and prose follow the code of a cell unmarked; with them it would not be Python.
     """
     lines = text.split("\n")
     for end in range(len(lines), 0, -1):
@@ -90,8 +90,8 @@ def with_state_dict(code):
     """The code with its one line changed. Raises ValueError where that line is not there."""
     code, changed = re.subn(r"\bbest_model\.state_dict\(\)", "best_model", code)
     if changed != 1:
-        raise ValueError(f"has best_model.state_dict() in {changed} places: where it loads the "
-                         "checkpoint, and only there, it must be")
+        raise ValueError(f"has best_model.state_dict() {changed} times: it must be there once, "
+                         "where the checkpoint is loaded")
     return code
 
 
@@ -132,16 +132,18 @@ def run_python(arguments, folder):
 def parts_alone(folder):
     """[seconds] of PARTS, with the script in a folder and the INT8 network of its last run.
 
-    For a process of its own, which becomes as the script's run makes its process.
+    For a process of its own, since it changes its process as a run of the script does.
     """
     sys.path.insert(0, str(folder))
     import torch
+    from torch.utils.data import DataLoader
 
     import quantize_catdog as script
     script.prepare_process()
     start = time.perf_counter()
     pictures = script.CatDogDataset(folder / "cat_dog" / "val")
-    batches = [pixels for pixels, _, _ in pictures.batches()]
+    loader = DataLoader(pictures, script.BATCH_SIZE, collate_fn=pictures.collate_fn)
+    batches = [pixels for pixels, _ in loader if len(pixels)]
     seconds = [time.perf_counter() - start]
     fp32 = script.load_checkpoint(folder / CHECKPOINT).fused()
     int8 = script.INT8_Model.load(folder / "results" / "INT8_checkpoint.pth.tar")

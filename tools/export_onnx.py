@@ -14,7 +14,7 @@ both engines run as one integer kernel. Pooling takes the uint8 integers as they
     pixels -> DQ Conv Relu Q -> MaxPool -> DQ Conv ... -> Flatten -> DQ Gemm Q -> Clip -> DQ Gemm
 
 Before it is written, ONNX Runtime and, where it is installed, OpenVINO answer the pictures of
-EVALUATION_SPLIT with it. Where they do not answer as the script does, no file is written.
+EVALUATION_SPLIT with it. If their answers are not the script's, no file is written.
 """
 import argparse
 import importlib.util
@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import quantize_catdog as script
@@ -33,8 +34,8 @@ import quantize_catdog as script
 OPSET = 17          # 12 brought pooling of uint8, 13 scales per channel; known since 2022
 IR_VERSION = 8      # the file format of that time
 SIGNED_ZERO = 128   # uint8 that stands for 0.0 where values may be negative: kernels want uint8
-KEPT_DB = 80        # logits as near as this to the script's have not moved
-MOVED = 0.05        # share of pictures that may have: a rounding tie moves one in some hundreds
+SAME_DB = 80        # logits as near as this to the script's count as the same
+MOVED = 0.05        # largest share of other pictures: a rounding tie moves one in some hundreds
 
 
 class Graph:
@@ -52,16 +53,16 @@ class Graph:
         self.nodes.append(node)
         return output
 
-    def add_place(self, place, scale, zero_point):
-        """The constants that quantize and dequantize a place's integers. scale: the script's."""
-        self.constant(f"{place}_scale", 1 / scale)
-        self.constant(f"{place}_zero_point", np.uint8(zero_point))
+    def add_activation(self, name, scale, zero_point):
+        """The constants that quantize and dequantize an activation. scale: the script's."""
+        self.constant(f"{name}_scale", 1 / scale)
+        self.constant(f"{name}_zero_point", np.uint8(zero_point))
 
-    def quantize(self, x, place, output):
-        return self.node("QuantizeLinear", [x, f"{place}_scale", f"{place}_zero_point"], output)
+    def quantize(self, x, name, output):
+        return self.node("QuantizeLinear", [x, f"{name}_scale", f"{name}_zero_point"], output)
 
-    def dequantize(self, x, place, output):
-        return self.node("DequantizeLinear", [x, f"{place}_scale", f"{place}_zero_point"], output)
+    def dequantize(self, x, name, output):
+        return self.node("DequantizeLinear", [x, f"{name}_scale", f"{name}_zero_point"], output)
 
 
 def arrays_of(model):
@@ -70,26 +71,26 @@ def arrays_of(model):
 
 
 def integer_limits(model, layer):
-    """Smallest and largest integer that a layer gives; 0 as the smallest is its ReLU."""
-    to = model.integers[layer.output]
-    return 0 if layer.is_conv else to.low, to.high
+    """Smallest and largest integer of a layer's output; 0 as the smallest is its ReLU."""
+    integers = model.integers[layer.output]
+    return integers.low, integers.high
 
 
 def weight_scale(model, layer):
-    """1 / the scale of a layer's weights, FP32 (out,) or (1,), its last bits for the same rounding.
+    """1 / the scale of a layer's weights, FP32 (out,) or (1,), adjusted in its last bits.
 
     With x, w, y for 1 / the scales of input, weights and output, and M = scale_out / (scale_in *
-    scale_w), all three come to the same real number before they round it, but each by FP32 steps of
-    its own:
+    scale_w), all three round the same real number, but each calculates it by FP32 operations of its
+    own:
 
         script         sum * M + bias * M
         ONNX Runtime   (sum + bias) * (x * w / y)
         OpenVINO       (sum * (x * w) + bias * (x * w)) * (1 / y)
 
     (Found by comparing 100 million values of each engine with such formulas, to the last bit.) Next
-    to a rounding tie they may part, and then that picture's logits move by a step of INT8. With the
-    FP32 number nearest to 1 / scale_w this happens to one picture in a hundred. Of it and its
-    neighbours this takes the one with which they part at the fewest ties; those of small values
+    to a rounding tie they may differ, and then that picture's logits change by one INT8 step. With
+    the FP32 number nearest to 1 / scale_w this happens to one picture in a hundred. Of it and its
+    neighbours this takes the one with which they differ at the fewest ties; those of small values
     count for more, since small values are frequent.
     """
     arrays = arrays_of(model)
@@ -101,7 +102,7 @@ def weight_scale(model, layer):
     bias = arrays[f"{layer.name}.bias"].astype(np.int64)[:, None, None]
     multiplier = (scale_out / (scale_in * scale_w))[:, None, None]
     x, y = 1 / scale_in, 1 / scale_out
-    by_y = 1 / (1 / (255 / (255 * y)))                      # 1 / y, as OpenVINO comes to it
+    by_y = 1 / (1 / (255 / (255 * y)))                      # 1 / y, as OpenVINO calculates it
     low, high = integer_limits(model, layer)
     ties = np.arange(low, high)[:, None] + 0.5
     sums = np.rint(ties / multiplier).astype(np.int64) - bias + np.arange(-2, 3)
@@ -110,39 +111,39 @@ def weight_scale(model, layer):
     def rounded(real):
         return np.rint(real).clip(low, high)                # (out, ties, 5)
 
-    def parting(w):
-        """How often the engines part from the script with w as 1 / scale_w. (out,) or (1,)"""
+    def differences(w):
+        """How often the engines differ from the script with w as 1 / scale_w. (out,) or (1,)"""
         xw = (x * w)[:, None, None]
         in_onnxruntime = rounded(both32 * (xw / y))
         in_openvino = rounded((sum32 * xw + bias32 * xw) * by_y)
-        parted = (in_onnxruntime != in_script).astype(int) + (in_openvino != in_script)
-        by_channel = (parted / (1 + np.abs(ties))**2).sum((1, 2))
+        different = (in_onnxruntime != in_script).astype(int) + (in_openvino != in_script)
+        by_channel = (different / (1 + np.abs(ties))**2).sum((1, 2))
         return by_channel.reshape(len(w), -1).sum(1)
 
     in_script = rounded(sum32 * multiplier + bias32 * multiplier)
     neighbours = [(nearest.view(np.int32) + np.int32(ulps)).view(np.float32)
                   for ulps in (0, 1, -1, 2, -2)]
-    return np.choose(np.argmin([parting(w) for w in neighbours], 0), neighbours)
+    return np.choose(np.argmin([differences(w) for w in neighbours], 0), neighbours)
 
 
 def add_input(graph, model):
-    """Pixels -> the integers of the input's place, by a table of all 256 where they differ."""
-    to, scale = model.integers["input"], arrays_of(model)["scale_input"]
-    graph.add_place("input", scale, 0)
-    if to.high == 255 and scale == 1:
+    """Pixels -> the integers of the input, by a table of all 256 where they differ."""
+    high, scale = model.integers["input"].high, arrays_of(model)["scale_input"]
+    graph.add_activation("input", scale, 0)
+    if high == 255 and scale == 1:
         return "pixels"
-    table = np.rint(np.arange(256, dtype=np.float32) * scale).clip(0, to.high).astype(np.uint8)
+    table = np.rint(np.arange(256, dtype=np.float32) * scale).clip(0, high).astype(np.uint8)
     indices = graph.node("Cast", ["pixels"], "indices", to=TensorProto.INT32)
     return graph.node("Gather", [graph.constant("input_table", table), indices], "input_quantized")
 
 
 def add_layer(graph, model, layer, x):
-    """One layer: the integers that it reads -> those that it gives before pooling, or logits."""
-    name, place, arrays = layer.name, layer.output, arrays_of(model)
+    """One layer: the integers of its input -> those of its output before pooling, or logits."""
+    name, output, arrays = layer.name, layer.output, arrays_of(model)
     x_scale, w_scale = 1 / arrays[f"scale_{layer.input}"], weight_scale(model, layer)
     if len(w_scale) == 1:
         w_scale = w_scale[0]                                # ONNX wants one for all as a scalar
-    zeros = np.zeros(w_scale.shape, np.int8)    # given: ONNX Runtime fuses no Gemm without them
+    zeros = np.zeros(w_scale.shape, np.int8)    # without them ONNX Runtime fuses no Gemm
     weight = [graph.constant(f"{name}.weight", arrays[f"{name}.weight"]),
               graph.constant(f"{name}.weight_scale", w_scale),
               graph.constant(f"{name}.weight_zero_point", zeros)]
@@ -151,7 +152,7 @@ def add_layer(graph, model, layer, x):
     inputs = [graph.dequantize(x, layer.input, f"{name}_input"),
               graph.node("DequantizeLinear", weight, f"{name}_weight", axis=0),
               graph.node("DequantizeLinear", bias, f"{name}_bias", axis=0)]
-    if model.is_fp32(place):
+    if model.is_fp32(output):
         return graph.node("Gemm", inputs, "logits", transB=1)
     if layer.is_conv:
         x = graph.node("Relu", [graph.node("Conv", inputs, name)], f"{name}_relu")
@@ -159,14 +160,14 @@ def add_layer(graph, model, layer, x):
     else:
         x = graph.node("Gemm", inputs, name, transB=1)
         zero_point = SIGNED_ZERO
-    graph.add_place(place, arrays[f"scale_{place}"], zero_point)
-    x = graph.quantize(x, place, f"{place}_quantized")
+    graph.add_activation(output, arrays[f"scale_{output}"], zero_point)
+    x = graph.quantize(x, output, f"{output}_quantized")
     low, high = (zero_point + limit for limit in integer_limits(model, layer))
     if (low, high) == (0, 255):                             # QuantizeLinear itself clips there
         return x
-    bounds = [graph.constant(f"{place}_low", np.uint8(low)),
-              graph.constant(f"{place}_high", np.uint8(high))]
-    return graph.node("Clip", [x, *bounds], f"{place}_clipped")
+    bounds = [graph.constant(f"{output}_low", np.uint8(low)),
+              graph.constant(f"{output}_high", np.uint8(high))]
+    return graph.node("Clip", [x, *bounds], f"{output}_clipped")
 
 
 def onnx_bytes(model):
@@ -180,8 +181,8 @@ def onnx_bytes(model):
         if layer.is_conv:
             x = graph.node("MaxPool", [x], f"{layer.output}_pooled", kernel_shape=[2, 2],
                            strides=[2, 2])
-    if not model.is_fp32("fc2"):
-        graph.dequantize(x, "fc2", "logits")
+    if not model.is_fp32(script.LOGITS):
+        graph.dequantize(x, script.LOGITS, "logits")
     width, height = model.recipe["IMAGE_SIZE"]
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", 3, height, width])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(script.CLASSES)])
@@ -219,32 +220,32 @@ def openvino_engine(content):
     return f"OpenVINO {openvino.__version__.split('-')[0]}", run
 
 
-def prove(name, logits, by_script):
+def check_answers(name, logits, by_script):
     """Print how near an engine's logits are to the script's, both FP32 (n, 2).
 
-    Raises InputError where they are not near: where a picture has another class, though the script
-    has its two logits further apart than 80 dB, or where more pictures than a few, which a rounding
-    tie has moved, are below 80 dB.
+    Raises InputError where they are not near: where a picture has another class, although the
+    script's two logits differ by more than 80 dB allows, or where more pictures are below 80 dB
+    than the few that a rounding tie may move.
     """
     n, change = len(by_script), np.abs(logits.astype(np.float64) - by_script)
     power = np.square(by_script, dtype=np.float64).mean()
     with np.errstate(divide="ignore"):                      # no change: infinitely many dB
         sqnr = 10 * np.log10(power / np.square(change).mean())
-    kept = np.sqrt(power) * 10**(-KEPT_DB / 20)
-    moved = n - np.count_nonzero(change.max(1) <= kept)     # a NaN has moved
-    tie = np.abs(by_script[:, 0] - by_script[:, 1]) <= 2 * kept
+    allowed = np.sqrt(power) * 10**(-SAME_DB / 20)
+    moved = n - np.count_nonzero(change.max(1) <= allowed)  # a NaN has moved
+    tie = np.abs(by_script[:, 0] - by_script[:, 1]) <= 2 * allowed
     other = logits.argmax(1) != by_script.argmax(1)
     print(f"{name}: {n - other.sum()} of {n} classes are the script's; logit SQNR {sqnr:.1f} dB,\n"
-          f"  largest change of a logit {change.max():.2g}, below {KEPT_DB} dB {moved} of {n}")
+          f"  largest change of a logit {change.max():.2g}, below {SAME_DB} dB {moved} of {n}")
     if (other & ~tie).any() or moved > MOVED * n:
         raise script.InputError(f"{name} does not answer as the script does: no file is written. "
                                 "If this CPU has no VNNI, quantize with WEIGHT_BIT = 7")
 
 
 def export(checkpoint, output, folder):
-    """Write the ONNX file of an INT8 checkpoint, proven on a folder's pictures.
+    """Write the ONNX file of an INT8 checkpoint, checked on a folder's pictures.
 
-    Raises InputError, and leaves what is at `output`, where an input cannot be used or the proof
+    Raises InputError, and leaves what is at `output`, where an input cannot be used or the check
     fails.
     """
     model = script.INT8_Model.load(checkpoint)
@@ -256,12 +257,15 @@ def export(checkpoint, output, folder):
         print("OpenVINO is not installed: not compared")
     by_script, by_engine = [], {name: [] for name in engines}
     with torch.inference_mode():
-        for pixels, _, _ in pictures.batches():
+        for pixels, _ in DataLoader(pictures, script.BATCH_SIZE, collate_fn=pictures.collate_fn):
+            if len(pixels) == 0:        # none of the batch could be decoded
+                continue
             by_script.append(model(pixels.to(script.DEVICE)).cpu().numpy())
             for name, run in engines.items():
                 by_engine[name].append(run(pixels.contiguous().numpy()))
+    pictures.usable()                   # at least one
     for name, logits in by_engine.items():
-        prove(name, np.concatenate(logits), np.concatenate(by_script))
+        check_answers(name, np.concatenate(logits), np.concatenate(by_script))
     script.write_files(output.parent, {output.name: content})
     print(f"wrote {output}, {len(content):,} bytes")
 

@@ -2,19 +2,20 @@
 
     python training/train_checkpoint.py --photos train-0.tar train-1.tar ... --drawn 5000 --epochs 40
 
-`--photos` takes folders and tar files of pictures called `cat.N.*` and `dog.N.*`; `--drawn`
-adds freshly drawn ones (training/draw_cat_dog.py, with seeds that cat_dog/val never uses). One
-twentieth of the photographs and of the drawings is held out, and what it measures is printed after
-each epoch. Everything needed to go on after an interruption is in `<output>.training`: give the
-same command again, or one with more pictures, since the learning rate follows the share of the
-epochs that is done. Delete that file to start afresh. Decoded pictures are kept in `--cache`; delete
-that folder when the pictures in a source change.
+`--photos` takes folders and tar files of pictures called `cat.N.*` and `dog.N.*`; `--drawn` adds
+freshly drawn ones (training/draw_cat_dog.py, with seeds that cat_dog/val never uses). One twentieth
+of the photographs and of the drawings is held out, and the accuracy on it is printed after each
+epoch. Everything needed to go on after an interruption is in `<output>.training`: give the same
+command again, or one with more pictures, since the learning rate follows the share of the epochs
+that is done. Delete that file to start afresh. Decoded pictures are saved in `--cache`; delete that
+folder when the pictures in a source change.
 
 The network that is trained is the one that quantize_catdog.py runs, in an order that trains faster:
 pool -> batch norm -> ReLU instead of batch norm -> ReLU -> pool. ReLU is monotone, and so is batch
-norm while gamma > 0, which a clamp after every step keeps true; then the maximum may be taken first,
+norm while gamma > 0, which a clamp after every batch ensures; then the maximum may be taken first,
 and batch norm and ReLU see a quarter of the values. The pixels are normalized for training; the
-normalization is folded into cnn1 when the checkpoint is written, exactly, because no convolution pads.
+normalization is folded into cnn1 when the checkpoint is written, exactly, because no convolution
+pads.
 """
 import argparse
 import io
@@ -35,7 +36,6 @@ from draw_cat_dog import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# pictures and labels as it sees them
 import quantize_catdog as script  # noqa: E402
 
 PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels alike
@@ -83,7 +83,7 @@ def photographs(path):
 
 
 def build_cache(folder, photos, drawn):
-    """Decode every picture once into one file on disk; return pixels (N, 224, 224, 3), labels, is-photo."""
+    """Decode every picture once into files on disk; return pixels (N, 224, 224, 3), labels, is_photo."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for source in photos:
@@ -152,7 +152,7 @@ def augment(pixels, generator):
     x = pixels.permute(0, 3, 1, 2).float()
     x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False),
                       padding_mode="reflection", align_corners=False)
-    # small copies of photographs are scaled up to 224 and soft; photographs at their own size are scaled down and crisp
+    # small copies of photographs are scaled up to 224 and soft; full-size photographs are scaled down and crisp
     crispness = uniform(-1, 1, 1, 1, 1).clamp_(min=0)
     x += crispness * (x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
     gain = uniform(math.log(0.75), math.log(1.33), 1, 1, 1).exp() * uniform(0.93, 1.07, 3, 1, 1)
@@ -182,7 +182,7 @@ def one_cycle(done, warm_up=0.1):
 
 
 def moving_average(average, value, count):
-    """Exponential moving average over about 1,000 steps, over fewer of them in the beginning."""
+    """Exponential moving average over about 1,000 batches, over fewer of them in the beginning."""
     return torch.lerp(average.float(), value.float(), 1 - min(0.999, (1 + count) / (10 + count))).to(value.dtype)
 
 
@@ -220,7 +220,7 @@ def main():
         if not Path(source).exists():
             parser.error(f"--photos: no folder or tar file {source}")
 
-    script.prepare_process()        # glibc keeps its big buffers: half of a step's time
+    script.prepare_process()        # keeps glibc's big buffers mapped, which halves the time per batch
     torch.manual_seed(args.seed)
 
     pixels, labels, is_photo = build_cache(args.cache, args.photos, args.drawn)
@@ -234,7 +234,7 @@ def main():
     model = TrainingNet(args.dropout).to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    steps = len(train) // args.batch
+    batches = len(train) // args.batch
     resume, first = Path(f"{args.output}.training"), 0
     if resume.exists():
         saved = torch.load(resume, weights_only=True)
@@ -250,8 +250,8 @@ def main():
         shuffled = train[torch.randperm(len(train), generator=generator)]
         model.train()
         start, total, right = time.perf_counter(), 0.0, 0
-        for step in range(steps):
-            index = shuffled[step * args.batch:(step + 1) * args.batch]
+        for i in range(batches):
+            index = shuffled[i * args.batch:(i + 1) * args.batch]
             x, y = augment(pixels[index], generator), labels[index]
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(x).float()
@@ -259,17 +259,17 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * one_cycle((epoch + step / steps) / args.epochs)
+                group["lr"] = args.lr * one_cycle((epoch + i / batches) / args.epochs)
             optimizer.step()
             model.keep_gamma_positive()
             average.update_parameters(model)
-            total, right = total + loss.item(), right + (logits.argmax(1) == y).sum().item()
-            if step % 20 == 19 or step + 1 == steps:
-                pace = (time.perf_counter() - start) / (step + 1)
-                print(f"epoch {epoch + 1}/{args.epochs}  {step + 1}/{steps}  loss {total / (step + 1):.4f}  "
-                      f"train {100 * right / (step + 1) / args.batch:.2f} %  {pace / args.batch * 1e3:.1f} ms/picture  "
-                      f"{pace * (steps * (args.epochs - epoch) - step) / 60:.0f} min left ",
-                      end="\r" if sys.stdout.isatty() and step + 1 < steps else "\n" if step + 1 == steps else "",
+            total, right, done = total + loss.item(), right + (logits.argmax(1) == y).sum().item(), i + 1
+            if done % 20 == 0 or done == batches:
+                pace = (time.perf_counter() - start) / done
+                print(f"epoch {epoch + 1}/{args.epochs}  {done}/{batches}  loss {total / done:.4f}  "
+                      f"train {100 * right / done / args.batch:.2f} %  {pace / args.batch * 1e3:.1f} ms per picture  "
+                      f"{pace * (batches * (args.epochs - epoch) - done) / 60:.0f} min left ",
+                      end="\r" if sys.stdout.isatty() and done < batches else "\n" if done == batches else "",
                       flush=True)
         for name, data in measures.items():
             print(f"  held-out {name}: {accuracy(average.module, *data):.2f} % of {len(data[1])}", flush=True)

@@ -5,8 +5,8 @@
     pip install -r requirements.txt && python quantize_catdog.py
 
 This script converts a trained FP32 network to 8-bit integers without training it again. It runs the
-network on some pictures and records the largest magnitude of 7 activations. From these ranges it
-calculates scales, rounds weights and biases to integers, and then multiplies and adds integers.
+network on some pictures and records the largest magnitude of each layer's output. From these ranges
+it calculates scales, rounds weights and biases to integers, and then multiplies and adds integers.
 
     step        what it does                                          output
     pictures    decode and resize                                     uint8  (N, 3, 224, 224)
@@ -15,8 +15,8 @@ calculates scales, rounds weights and biases to integers, and then multiplies an
     calibrate   run in FP32, observe the range of each activation     FP32   logits (N, 2), ranges
     quantize    scale = largest integer / range; round so that the    int8   weights
                 outputs stay close to FP32                            int32  biases
-    verify      compare this CPU's INT8 kernels with the reference    an engine
-    evaluate    uint8 x int8 -> int32 sums -> uint8, layer by layer   FP32   logits (N, 2)
+    verify      check this CPU's INT8 kernels with exact arithmetic   which of them is used
+    evaluate    integers x int8 -> int32 sums -> integers, by layer   FP32   logits (N, 2)
     compare     which answers changed, and could it be chance?        a summary
     save        the INT8 network, the report, a row in a table        results/
 
@@ -25,8 +25,8 @@ in the file, or set it for one run on the command line: a preset, then NAME=valu
 
     python quantize_catdog.py plain GPTQ=True
 
-The script is the port of a notebook, whose names it keeps, and is one itself: Jupytext turns what
-follows each `# %%` into a cell. tools/explain.py shows why answers changed.
+The script was ported from a notebook and keeps its names. It is also a notebook: Jupytext turns
+what follows each `# %%` into a cell. tools/explain.py shows why answers changed.
 """
 
 # %%
@@ -64,7 +64,7 @@ from torch.utils.data import DataLoader, Dataset
 # paths start at this file's folder, and `~` is the home folder.
 
 # %%
-# what is run, on what
+# what is run, on what (--help shows the text from here to the end of the cell)
 DATA_DIR = "cat_dog"                    # folder that holds the splits
 CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ranges
 EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
@@ -72,9 +72,9 @@ CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
 OUTPUT_DIR = "results"                  # folder for the INT8 network, report.json and runs.csv
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
-INT8_ENGINE = "auto"                    # INT8 kernels, the exact reference, or whichever is right
+INT8_ENGINE = "auto"                    # "onednn": kernels; "reference": exact; "auto": see Verify
 # the recipe: what decides the integers
-IMAGE_SIZE = (224, 224)                 # width and height; FC1 needs 11 x 11 feature maps
+IMAGE_SIZE = (224, 224)                 # width and height; fc1 needs 11 x 11 feature maps
 BIT = 8                                 # bits of an activation
 WEIGHT_BIT = 8                          # bits of a weight
 LAYER_BITS = {}                         # bits of single layers' weights, instead of WEIGHT_BIT
@@ -82,14 +82,15 @@ PER_CHANNEL = True                      # weight scales: one per output channel,
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
 BIAS_BIT = 32                           # bits of a bias
 QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or leave them FP32
-HEADROOM = 2                            # multiplies the ranges of FC1's and FC2's inputs
-EQUALIZE = True                         # rescale channels so that weak ones use more integers too
+HEADROOM = 2                            # multiplies the ranges of the inputs of fc1 and fc2
+EQUALIZE = True                         # scale weak channels up, so that they use more integers
 GPTQ = True                             # round weights so that errors cancel, or each to nearest
 BIAS_CORRECTION = True                  # shift biases by the mean error in calibration
 
 # %% [markdown]
-# A preset is a set of changes to this recipe. LEGAL says which values are legal, in words and as a
-# test, wherever they come from: this file, the command line or a checkpoint.
+# A preset is a set of changes to this recipe: `plain` leaves out the four methods of "Closer to
+# FP32", `notebook` computes as the notebook does. LEGAL says which values are legal, in words and
+# as a test, wherever they come from: this file, the command line or a checkpoint.
 
 # %%
 PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORRECTION": False}}
@@ -107,7 +108,7 @@ def is_image_size(value):
             and all(is_whole(side, 212, 227) for side in value))
 
 def is_layer_bits(value):
-    names = [layer.name for layer in LAYERS]
+    names = [layer.name for layer in LAYERS]        # the list of layers, below
     return isinstance(value, dict) and all(
         name in names and is_whole(bit, 2, 8) for name, bit in value.items())
 
@@ -155,16 +156,17 @@ def constants_block():
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
     wanted = name.strip("-").replace("-", "_").upper()
-    near = difflib.get_close_matches(wanted, [each.upper() for each in known], 1)
-    found = [each for each in known if each.upper() in near]
-    hint = f"did you mean {found[0]}?" if found else "LEGAL has no row for it (see --help)"
+    in_capitals = {each.upper(): each for each in known}
+    near = difflib.get_close_matches(wanted, in_capitals, 1)
+    hint = f"did you mean {in_capitals[near[0]]}?" if near else "LEGAL has no row for it (see --help)"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
-    """Raise InputError unless {constant: value} has all of the names and legal values."""
-    for name in [*names, *constants]:
+    """Raise InputError unless {constant: value} has exactly these names, with legal values."""
+    for name in constants:
         if name not in names:
             raise unknown_name(name, names)
+    for name in names:
         words, allows = LEGAL[name]
         if name not in constants:
             raise InputError(f"{name} is missing: set it to {words}")
@@ -172,7 +174,10 @@ def check_legal(constants, names):
             raise InputError(f"{name} = {constants[name]!r}: set it to {words}")
 
 def read_constants(names=tuple(LEGAL)):
-    """{constant: value} as they are now; raises InputError for a value that is not legal."""
+    """{constant: value} as they are now; InputError for an illegal value or a misspelt name.
+
+    A constant of the file that LEGAL does not know would have no effect.
+    """
     for name in re.findall(r"(?m)^([A-Z]\w*) *=", constants_block()):
         if name not in LEGAL:
             raise unknown_name(name, LEGAL)
@@ -183,7 +188,7 @@ def read_constants(names=tuple(LEGAL)):
 def set_constants(words, doc):
     """Set constants by the words of a command line: presets, then NAME=value as Python literals.
 
-    --help prints `doc`, all constants and the presets, and ends the program.
+    --help prints `doc`, the docstring of the program, all constants and the presets, and exits.
     """
     if {"--help", "-h"} & set(words):
         print(f"{doc}\nThe constants:\n{constants_block()}\nTheir legal values:\n")
@@ -209,10 +214,10 @@ def set_constants(words, doc):
                 globals()[name] = text          # a word without quotes, such as a folder's name
 
 # %% [markdown]
-# Where files lie, and what a run changes in its process.
+# Where files are, and what a run changes in its process.
 
 # %%
-ROOT = Path(globals().get("__file__", "notebook")).resolve().parent     # a notebook: where it runs
+ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def resolve_path(*names):
@@ -220,7 +225,7 @@ def resolve_path(*names):
     return ROOT.joinpath(*[os.path.expanduser(name) for name in names])
 
 def display_path(path):
-    """A path as it is printed: relative to ROOT where it lies below it."""
+    """A path as it is printed: relative to ROOT if it is inside ROOT."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 def prepare_process():
@@ -232,9 +237,10 @@ def prepare_process():
     Image.MAX_IMAGE_PIXELS = 2**25      # Pillow refuses pictures of more than twice as many
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc returns every big buffer to the system, and the next layer has its pages mapped
-        # again; keeping them (M_MMAP_MAX, M_TRIM_THRESHOLD) halves the time of both passes
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+        # again; keeping them halves the time of calibration and of evaluation
+        m_mmap_max, m_trim_threshold = -4, -1
+        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
+        ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
 
 # %% [markdown]
 # ## Pictures
@@ -243,7 +249,7 @@ def prepare_process():
 
 # %%
 CLASSES = ("cat", "dog")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would start a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS starts Ghostscript
 KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
 
 def label_of(path):
@@ -256,7 +262,8 @@ def decode(picture, size):
     """A file, Pillow picture or array -> uint8 (height, width, 3) of size (width, height).
 
     Resized with Pillow's default filter (bicubic), as in the notebook. Rotated as its EXIF data
-    says; the first frame of an animation; transparent parts on white. Raises InputError.
+    says; the first frame of an animation; transparent parts on white. Raises InputError, whose
+    text continues the picture's name.
     """
     if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):
         raise InputError("is not a file")       # opening a pipe, say, would wait for ever
@@ -302,7 +309,7 @@ class CatDogDataset(Dataset):
             else:
                 self.files.append(file)
                 self.labels.append(label)
-        self.usable()
+        self.usable()       # raises where nothing is
 
     def find_files(self):
         """Yield the files below the folder, relative to it. Links to folders are not followed."""
@@ -310,7 +317,7 @@ class CatDogDataset(Dataset):
             self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
 
         for place, folders, files in os.walk(self.folder, onerror=cannot_list):
-            folders[:] = [name for name in folders if name[0] not in ".@"]      # thumbnails, say
+            folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
             for file in files:
                 yield os.path.relpath(os.path.join(place, file), self.folder)
 
@@ -322,7 +329,7 @@ class CatDogDataset(Dataset):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
         found = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not found:
-            reasons = [f", e.g. {file}: {reason}" for file, reason in sorted(self.skipped.items())]
+            reasons = sorted(f", e.g. {file}: {reason}" for file, reason in self.skipped.items())
             raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
                              "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
         return found
@@ -342,18 +349,15 @@ class CatDogDataset(Dataset):
 
     def __getitems__(self, indices):
         """The items of a batch, decoded in threads, without those that cannot be decoded."""
-        files = [self.files[i] for i in indices]
-        new = [file for file in files if file not in self.kept]
         with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow lets other threads run
-            decoded = dict(zip(new, pool.map(self.decode_file, new)))
-        found = [decoded[file] if file in decoded else self.kept[file] for file in files]
+            found = list(pool.map(self.decode_file, [self.files[i] for i in indices]))
         return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
                 for i, pixels in zip(indices, found) if pixels is not None]
 
     def decode_file(self, file):
         """A file's pixels, uint8 (height, width, 3); None where decoding fails, now or before."""
-        if file in self.skipped:
-            return None
+        if file in self.kept or file in self.skipped:
+            return self.kept.get(file)
         try:
             pixels = decode(self.folder / file, self.size)
         except InputError as error:
@@ -366,22 +370,24 @@ class CatDogDataset(Dataset):
     def collate_fn(self, items):
         """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
         width, height = self.size
-        pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8)
+        pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8,
+                             memory_format=torch.channels_last)
         for row, (picture, _) in zip(pixels, items):
-            row.copy_(picture.permute(1, 2, 0))         # channels last in memory
-        return pixels.permute(0, 3, 1, 2), torch.tensor([label for _, label in items]).long()
+            row.copy_(picture)
+        return pixels, torch.tensor([label for _, label in items]).long()
 
     def first_pixels(self, count):
         """uint8 (n, 3, height, width) of the first usable pictures, at most `count`, on DEVICE."""
         items = []
         for start in range(0, len(self), count):
-            if len(items) < count:
-                items += self.__getitems__(range(start, min(start + count, len(self))))
+            items += self.__getitems__(range(start, min(start + count, len(self))))
+            if len(items) >= count:
+                break
         self.usable()       # at least one
         return self.collate_fn(items[:count])[0].to(DEVICE)
 
     def checksum(self):
-        """CRC-32 of the labels and the bytes of the usable files, whatever these are called."""
+        """CRC-32 of the labels and the bytes of the usable files in their order; names do not count."""
         crc = 0
         for file, label in self.usable():
             content = (self.folder / file).read_bytes()
@@ -391,7 +397,8 @@ class CatDogDataset(Dataset):
 # %% [markdown]
 # ## Arithmetic
 # A real number x is stored as an integer q with x = q / scale. (torch's own quantizers call
-# 1 / scale the scale.) All of it is symmetric: the integer 0 stands for 0.0, without zero points.
+# 1 / scale the scale.) Quantization here is symmetric: the integer 0 stands for 0.0, so that the
+# offset of other schemes, the *zero point*, is always 0.
 
 # %%
 SMALLEST = 1e-12    # smaller ranges count as this, so that a dead layer does not divide by zero
@@ -417,7 +424,7 @@ def broadcast(values, dims):
     return values.reshape(-1, *[1] * dims)
 
 def quantize(x, scale, integers):
-    """q = clip(round(x * scale), low, high), from FP32 to the type of `integers`, an IntRange.
+    """q = clip(round(x * scale), low, high), in the type of `integers`, an IntRange.
 
     >>> quantize(torch.tensor([0.1, -0.5, 2.0]), 127, int_range(8))
     tensor([ 13, -64, 127], dtype=torch.int8)
@@ -428,9 +435,9 @@ def quantize(x, scale, integers):
 def requantize(sums, multiplier, offset, integers):
     """Sums of products -> integers at the output's scale: q = clip(round(sums * M + offset)).
 
-    The sums are real numbers times scale_in * scale_w, so M = scale_out / (scale_in * scale_w)
-    makes them real numbers times scale_out; offset = bias * M. With `integers.low` = 0 the clipping
-    is the ReLU. Product and sum are each rounded to FP32, as in the INT8 kernels.
+    A sum is the real result times in_scale * w_scale. M = out_scale / (in_scale * w_scale) makes it
+    the real result times out_scale; offset = bias * M. With `integers.low` = 0 the clipping is the
+    ReLU. Product and sum are each rounded to FP32, as in the INT8 kernels.
 
     >>> requantize(torch.tensor([1000.0, -500.0]), 0.01, 1.0, int_range(8, unsigned=True))
     tensor([11,  0], dtype=torch.uint8)
@@ -451,15 +458,14 @@ def fusion_conv_bn(conv, bn):
     >>> [tensor.item() for tensor in fusion_conv_bn(conv, bn)]          # g = 3 / sqrt(4)
     [3.0, 5.0]
     """
-    bn_gamma = bn.weight / torch.pow(bn.running_var + bn.eps, 0.5)
-    bn_beta = bn.bias - bn.running_mean * bn_gamma
-    return conv.weight * broadcast(bn_gamma, 3), conv.bias * bn_gamma + bn_beta
+    g = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return conv.weight * broadcast(g, 3), conv.bias * g + (bn.bias - bn.running_mean * g)
 
 def weight_quant(w, b, in_scale, bit, recipe):
     """FP32 weight (out, ...), bias (out,) -> int8 weight, int32 bias, weight scale (out,) or (1,).
 
-    bit: of the weight. A bias is added to sums of inputs times weights, so its scale is theirs,
-    in_scale * w_scale.
+    bit: bits of the weight. A bias is added to sums of inputs times weights, so its scale is
+    theirs, in_scale * w_scale.
 
     >>> w, b = torch.tensor([[0.5, -1.0]]), torch.tensor([0.1])
     >>> weight_quant(w, b, 2, 8, {"PER_CHANNEL": True, "BIAS_BIT": 32})     # b * 2 * 127 = 25.4
@@ -469,9 +475,9 @@ def weight_quant(w, b, in_scale, bit, recipe):
     rows = w.flatten(1) if recipe["PER_CHANNEL"] else w.reshape(1, -1)      # one row per scale
     w_scale = scale_of(integers.high, rows.abs().amax(1))
     if recipe["BIAS_BIT"] == 32:
-        # weights near 0 get such a large scale that their bias would not fit in int32: there the
-        # bias sets the scale and takes half of int32, which leaves the other half to the products.
-        # A bias of fewer bits is clipped, as in the notebook
+        # tiny weights get a huge scale, at which the bias would overflow int32: limit the scale so
+        # that |bias| <= 2^30, and the rest of int32 is left for the products. A bias of fewer bits
+        # is clipped instead, as in the notebook
         largest_bias = b.reshape(len(rows), -1).abs().amax(1)
         w_scale = torch.minimum(w_scale, scale_of(2**30, largest_bias * in_scale))
     wq = quantize(w, broadcast(w_scale, w.dim() - 1), integers)
@@ -479,7 +485,7 @@ def weight_quant(w, b, in_scale, bit, recipe):
     return wq, bq, w_scale
 
 def clip_bias(bias, recipe):
-    """Whole numbers in FP64, since FP32 cannot hold the limits -> int32 of BIAS_BIT bits."""
+    """Clip whole numbers to BIAS_BIT bits, as int32. They come in FP64: FP32 lacks 2^31 - 1."""
     largest = 2**(recipe["BIAS_BIT"] - 1) - 1
     return bias.clip(-largest, largest).to(torch.int32)
 
@@ -490,9 +496,11 @@ def layer_bit(recipe, layer):
 # %% [markdown]
 # ## The FP32 network and its observers
 # Four blocks of convolution, batch norm, ReLU and pooling, then two fully connected layers. The
-# *activations* are the tensors that will be quantized: the input, each ReLU's output and each fully
-# connected layer's output. An observer remembers the largest magnitude in each channel of an
-# activation; the largest of these is its range, from which its scale is calculated.
+# *activations* are the tensors that are quantized: the input, each ReLU's output and each fully
+# connected layer's output (the last one, the logits, only with QUANTIZE_LOGITS). An observer
+# remembers the largest magnitude in each channel of an activation; the largest of these is its
+# range, from which its scale is calculated. Names are the notebook's: `cnn1` is a convolution,
+# `cv1` the output of its ReLU, and `fc1` both a layer and its output.
 
 # %%
 class Layer(NamedTuple):
@@ -528,8 +536,9 @@ FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 class Conv2d(nn.Conv2d):
     """Like torch's, but the result for a picture does not depend on the rest of the batch.
 
-    For a single picture torch may choose a kernel that sums in another order. So one picture is
-    computed as a batch of two: its upper and its lower half, with the rows that both need.
+    For a single picture torch may choose a kernel that sums in another order, and BATCH_SIZE would
+    change answers. So one picture is computed as a batch of two: its upper and its lower half, with
+    the rows that both need.
     """
 
     def forward(self, x):
@@ -549,7 +558,7 @@ class Linear(nn.Linear):
         return torch.bmm(x[:, None], weight)[:, 0] + self.bias
 
 class MaxPool2d(nn.MaxPool2d):
-    """2 x 2 maximum; an odd last row or column is dropped. torch's refuses uint8 and is slower."""
+    """2 x 2 maximum; an odd last row or column is dropped. torch's is slower and refuses uint8."""
 
     def forward(self, x):
         height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
@@ -557,8 +566,8 @@ class MaxPool2d(nn.MaxPool2d):
         return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 # %% [markdown]
-# `forward` passes every activation through `observe(name, data)`. Calibration gives it
-# `update_range`; otherwise it does nothing.
+# `forward` passes every activation through `observe(name, data)`: `update_range` in calibration,
+# `no_observer` otherwise.
 
 # %%
 def no_observer(name, data):
@@ -568,8 +577,8 @@ def largest_magnitudes(data):
     """(N, C, height, width) or (N, C) -> the largest |value| of each channel, (C,)."""
     if data.dim() == 2:
         return data.abs().amax(0)
-    # abs() would copy the data. Reducing one axis after the other is fast, as channels lie last in
-    # memory and the second step has little left to do
+    # abs() would copy the data. Reducing one axis after the other is fast: channels are last in
+    # memory, and little is left for the second reduction
     rows = data.permute(0, 2, 3, 1)
     return torch.maximum(rows.amax(1), -rows.amin(1)).amax((0, 1))
 
@@ -645,7 +654,7 @@ class CNN_Model(nn.Module):
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
         for name, integers in int8_model.integers.items():
             range_data = self.ranges[name].amax()
-            if name in FC_INPUTS:       # where clipping hurts most
+            if name in FC_INPUTS:       # there clipping costs most, and rounding least (measured)
                 range_data = range_data * recipe["HEADROOM"]
             if not range_data.isfinite():
                 raise InputError(f"activation {name} overflows FP32: give a checkpoint with "
@@ -672,14 +681,15 @@ def activations_of(model, pixels):
 
 # %% [markdown]
 # ## The INT8 network
-# The same layers on integers. A layer multiplies and adds integers; one FP32 multiplication and
-# addition per output channel then brings its sums to the scale of the next activation. There are
-# two engines: the *reference*, exact arithmetic that is written out here, and torch's INT8 kernels,
-# which are fast and give the same integers where they are right.
+# The same layers on integers. A layer multiplies and adds integers; then one FP32 multiplication
+# and addition, with factors per output channel, brings each sum to the scale of the next
+# activation. There are two engines: the *reference*, exact arithmetic that is written out here, and
+# torch's INT8 kernels, which are fast and normally give the same integers; on some CPUs they
+# overflow.
 
 # %%
 def activation_integers(recipe):
-    """{activation: IntRange}. Pixels and ReLU outputs are never negative and need no sign bit."""
+    """{activation: IntRange}. Pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8."""
     signed = int_range(recipe["BIT"])
     positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
     fc_outputs = [layer.output for layer in LAYERS if not layer.is_conv]
@@ -703,7 +713,7 @@ class INT8_Model(nn.Module):
         self.maxpool = MaxPool2d(kernel_size=2)
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1.0))
-        fp32_model = CNN_Model()
+        fp32_model = CNN_Model()                # for its shapes
         for layer in LAYERS:
             shape = fp32_model.get_submodule(layer.name).weight.shape
             module = nn.Module()
@@ -723,11 +733,11 @@ class INT8_Model(nn.Module):
         return self
 
     def __getstate__(self):
-        """Copies and pickles are prepared where they are used: another CPU has other kernels."""
+        """A copy or a pickle forgets its engine: it may be used on a CPU with other kernels."""
         return {**super().__getstate__(), "engine": None, "run": None}
 
     def forward(self, x, observe=no_observer):
-        """`CNN_Model.forward` on integers. An engine not chosen yet is chosen here."""
+        """`CNN_Model.forward` on integers. Chooses an engine first if there is none."""
         width, height = self.recipe["IMAGE_SIZE"]
         if x.dtype != torch.uint8 or x.shape[1:] != (3, height, width):
             raise InputError(f"pixels are {x.dtype} {tuple(x.shape)}: give uint8 from 0 to 255 of "
@@ -760,13 +770,13 @@ class INT8_Model(nn.Module):
         return name == LOGITS and not self.recipe["QUANTIZE_LOGITS"]
 
     def sum_scale(self, layer):
-        """scale_in * scale_w, (out,) or (1,): the scale of a layer's sums and of its bias."""
+        """in_scale * w_scale, (out,) or (1,): the scale of a layer's sums and of its bias."""
         return self.scale(layer.input) * self.get_submodule(layer.name).w_scale
 
     def multiplier(self, layer):
-        """M = scale_out / (scale_in * scale_w), (out,). scale_out is 1 where logits stay FP32."""
-        scale_out = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
-        multiplier = scale_out / self.sum_scale(layer)
+        """M = out_scale / (in_scale * w_scale), (out,). out_scale is 1 where logits stay FP32."""
+        out_scale = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
+        multiplier = out_scale / self.sum_scale(layer)
         return multiplier.expand(self.get_submodule(layer.name).bias.shape).contiguous()
 
     def int8_layer(self, layer, kernel=False):
@@ -778,7 +788,7 @@ class INT8_Model(nn.Module):
 
     @staticmethod
     def load(path):
-        """The INT8_Model of a run's INT8 checkpoint, a path or a file object; see `predict`."""
+        """Load the INT8 checkpoint that a run wrote. path: a path or a file object."""
         return load_int8_checkpoint(path)
 
     @torch.inference_mode()
@@ -811,12 +821,15 @@ class INT8Layer:
     IntRange, or None for FP32 outputs; kernel: compute with torch's kernel, not the reference.
 
     The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
-    FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT);
-    there FP64 and a last rounding give the integer.
+    FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT), so
+    there the sums are computed in FP64 and rounded to the integer.
 
-    A kernel is given M as the scale of the weights, 1 as the scales of input and output, and 0 as
-    all zero points. Its own rescaling is then that of `requantize`, bit for bit.
+    A kernel is given M as the scale of the weights, the offset as its bias, 1 as the scales of
+    input and output, and 0 as all zero points. Its own rescaling is then that of `requantize`, bit
+    for bit.
     """
+
+    GEOMETRY = [1, 1], [0, 0], [1, 1], 1        # stride, padding, dilation, groups
 
     def __init__(self, weight, bias, multiplier, inputs, outputs, kernel):
         self.is_conv = weight.dim() == 4
@@ -850,29 +863,29 @@ class INT8Layer:
         """The weight in the form that the kernel takes."""
         if not self.is_conv:
             return torch.ops.onednn.qlinear_prepack(weight, None)
-        scale, zero_point, stride, padding, dilation, groups = 1.0, 0, [1, 1], [0, 0], [1, 1], 1
+        scale, zero_point = 1.0, 0
         return torch.ops.onednn.qconv_prepack(
-            weight, self.multiplier, scale, zero_point, stride, padding, dilation, groups)
+            weight, self.multiplier, scale, zero_point, *self.GEOMETRY)
 
     def kernel(self, x):
-        """The kernel's outputs. It saturates at 8 bits; where fewer are meant they are clipped."""
+        """The kernel's outputs, from integers (N, C, h, w) or (N, C)."""
         scale, zero_point, outputs = 1.0, 0, self.outputs
         weight = self.packed, self.multiplier, self.zero_points, self.offset
         relu = "none" if outputs is None or outputs.low < 0 else "relu"
         if self.is_conv:
-            # its inputs are uint8: ours are never negative, and their bits in int8 are the same
-            stride, padding, dilation, groups = [1, 1], [0, 0], [1, 1], 1
+            # the kernel takes uint8; ours may be int8 but are never negative: the same bytes
             dtype = torch.float32 if outputs is None else torch.uint8
             y = torch.ops.onednn.qconv2d_pointwise.default(
-                x.view(torch.uint8), scale, zero_point, *weight, stride, padding, dilation, groups,
+                x.view(torch.uint8), scale, zero_point, *weight, *self.GEOMETRY,
                 scale, zero_point, dtype, relu, [], "")
         else:
             dtype = torch.float32 if outputs is None else torch.int8
             y = torch.ops.onednn.qlinear_pointwise.default(
                 x, scale, zero_point, *weight, scale, zero_point, dtype, relu, [], "")
-        if outputs is None or outputs.high == 255:      # at which the kernel saturates
+        # the kernel clips at 0..255 or -128..127: narrower ranges, and -127, are clipped here
+        if outputs is None or outputs.high == 255:
             return y
-        return y.clip_(outputs.low, outputs.high).view(outputs.dtype)       # its int8 reaches -128
+        return y.clip_(outputs.low, outputs.high).view(outputs.dtype)
 
 # %% [markdown]
 # Which engine is right on this CPU, and what quantization made of each layer.
@@ -882,17 +895,18 @@ def kernels_overflow(int8_model):
     """Whether this CPU's INT8 kernels overflow with this model's weights.
 
     x86 without VNNI adds pairs of products in 16 bits. The worst case is all inputs at their
-    largest: there the kernels' sums (M = 1, no bias) are compared with the exact ones.
+    largest (two weights of opposite sign cannot overflow): there the kernels' sums, with M = 1 and
+    no bias, are compared with the exact ones.
     """
     for layer in LAYERS:
         weight = int8_model.get_submodule(layer.name).weight
         inputs = int8_model.integers[layer.input]
-        size = weight.shape[1:2] if weight.dim() == 2 else (weight.shape[1], 9, 9)
+        size = (weight.shape[1], 9, 9) if layer.is_conv else weight.shape[1:]   # 9: large enough
         x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
         no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-        exact, fast = [INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None,
-                                 kernel)(x) for kernel in (False, True)]
-        if (exact != fast).any():
+        arguments = weight, no_bias, torch.ones_like(no_bias).float(), inputs, None
+        exact, fast = INT8Layer(*arguments, kernel=False), INT8Layer(*arguments, kernel=True)
+        if (exact(x) != fast(x)).any():
             return True
     return False
 
@@ -900,8 +914,9 @@ def kernels_overflow(int8_model):
 def choose_engine(int8_model, pixels=None):
     """Prepare a model for the engine of INT8_ENGINE: "auto" takes the kernels if they are right.
 
-    They are right if every activation equals the reference's on pixels, uint8 (n, 3, h, w), by
-    default noise. Returns {"compared": values, "different": values, "why": in words}.
+    They are right if they do not overflow and every activation equals the reference's on pixels,
+    uint8 (n, 3, h, w), by default noise. Returns {"compared": a count of values, "different": how
+    many of them differ, "why": the reason in words}.
     """
     int8_model.prepare("reference")
     if INT8_ENGINE == "reference":
@@ -933,44 +948,44 @@ def choose_engine(int8_model, pixels=None):
 
 def layer_table(int8_model):
     """{heading: value per layer} of what quantization made of each layer."""
-    table = {heading: [] for heading in (
-        "layer", "weight shape", "output range", "scale in", "scale out", "smallest weight scale",
-        "largest weight scale", "bits of sum")}
+    headings = ("layer", "weight shape", "output range", "scale in", "scale out",
+                "smallest weight scale", "largest weight scale", "bits of sum")
+    rows = []
     for layer in LAYERS:
-        module, scale_out = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
+        module, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
         largest_sum = int(int8_model.int8_layer(layer).largest_sum.max())
-        row = (layer.name, "x".join(map(str, module.weight.shape)),
-               int8_model.integers[layer.output].high / scale_out.item(),
-               int8_model.scale(layer.input).item(),
-               "FP32" if int8_model.is_fp32(layer.output) else scale_out.item(),
-               module.w_scale.min().item(), module.w_scale.max().item(), largest_sum.bit_length())
-        for column, value in zip(table.values(), row):
-            column.append(value)
-    return table
+        rows.append((layer.name, "x".join(map(str, module.weight.shape)),
+                     int8_model.integers[layer.output].high / out_scale.item(),
+                     int8_model.scale(layer.input).item(),
+                     "FP32" if int8_model.is_fp32(layer.output) else out_scale.item(),
+                     module.w_scale.min().item(), module.w_scale.max().item(),
+                     largest_sum.bit_length()))
+    return {heading: list(values) for heading, values in zip(headings, zip(*rows))}
 
 # %% [markdown]
 # ## Closer to FP32
 # Rounding each weight to the nearest integer is not the best that integers can do. Four methods
-# come closer with the same INT8 arithmetic, and none needs a label: HEADROOM (in `cl_scale`), which
-# leaves room for pictures that exceed the ranges seen in calibration, cross-layer equalization,
-# GPTQ and bias correction.
+# come closer with the same INT8 arithmetic, and none needs a label: headroom, cross-layer
+# equalization, GPTQ and bias correction. Headroom (in `cl_scale`) leaves room for pictures that
+# exceed the ranges seen in calibration.
 
 # %%
-LARGEST_FACTOR = 4      # equalization's limit: a channel that was silent in calibration may wake up
+LARGEST_FACTOR = 4      # of equalization: a channel that was silent in calibration may wake up
 DAMPING = 0.01          # GPTQ's, as a share of the Hessian's mean diagonal, as in the paper
-GPTQ_STRIDE = 6         # GPTQ needs only every sixth row and column: neighbours are much alike
+GPTQ_STRIDE = 6         # GPTQ needs only every sixth row and column: neighbouring patches are alike
 SAMPLE = 20             # pictures for GPTQ and bias correction, and for the checks of the run
-CHUNK = 5               # of them at a time, so that their FP32 activations stay in the cache
+CHUNK = 5               # of them per forward pass, whose activations then stay in the cache
 
 @torch.no_grad()
 def equalize(folded):
-    """A copy of a folded network with weak channels scaled up, and {activation: factors (C,)}.
+    """A copy of a folded network with weak channels scaled up, and the {activation: factors (C,)}.
 
     All channels of an activation share one scale, set by the strongest, so weak ones use few of the
     integers. ReLU and pooling commute with a positive factor s: multiply by s in the layer that
     writes the channel and divide by s in the layer that reads it, and the logits stay the same.
-    s = sqrt(largest range / the channel's range) goes half of the way, which leaves weak channels
-    room for values that calibration did not see (Nagel et al. 2019, arXiv:1906.04721, section 4.1).
+    s = sqrt(largest range / the channel's range) goes half-way, which leaves weak channels room for
+    values that calibration did not see. A variant of Nagel et al. 2019, arXiv:1906.04721, section
+    4.1, who equalize the ranges of weights.
     """
     model, found = copy.deepcopy(folded), {}
     for writer, reader in zip(LAYERS, LAYERS[1:]):
@@ -990,18 +1005,18 @@ def equalize(folded):
     return model, found
 
 def gptq(weight, w_scale, hessian, integers):
-    """Round FP64 weights (out, K) input by input; the inputs to come make up for each error.
+    """Round FP64 weights (out, K) one after the other; those that follow make up for each error.
 
-    hessian (K, K): X X' of the calibration pictures' patches X (K, positions), which is the paper's
-    Hessian up to a factor. Two pixels that are nearly always alike can share an error: one weight
-    is rounded up, the next one down. w_scale: (out,). Returns integers (out, K) of the IntRange
-    `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    Two pixels that are nearly always alike can share an error: one weight is rounded up, the next
+    one down. hessian (K, K): X X^T of the calibration pictures' patches X (K, positions), the
+    Hessian of the squared output error up to a factor. w_scale: (out,). Returns integers (out, K)
+    of the IntRange `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
     """
     # inputs that are always 0, or always alike, would make the Hessian singular
     damping = DAMPING * hessian.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian), device=hessian.device))
-    # row k says how much of weight k's error each later weight takes over, once those before k are
-    # fixed: eliminating one input after another is a Cholesky factorization of the inverse
+    # row k of this Cholesky factor spreads weight k's error over the later weights, with the
+    # earlier ones fixed; it equals removing one input after the other from the Hessian
     upper = torch.linalg.cholesky(inverse, upper=True)
     weight = weight.t().clone(memory_format=torch.contiguous_format)        # (K, out)
     rounded = torch.zeros_like(weight, dtype=integers.dtype)
@@ -1053,11 +1068,11 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
         error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
         change = torch.round(error * sum_scale)
         int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
-    refined = int8_model.int8_layer(layer)
+    refined = int8_model.int8_layer(layer)      # with the corrected bias
     outputs = [refined.rescale(x) for x in sums]
     if layer.is_conv:
         outputs = [int8_model.maxpool(x) for x in outputs]
-    if layer.output == FC_INPUTS[0]:
+    if layer.output == FC_INPUTS[0]:            # fc1 reads it flat
         outputs = [x.flatten(1) for x in outputs]
     return outputs
 
@@ -1066,8 +1081,8 @@ def refine(int8_model, fp32_model, pixels):
     """Round weights by GPTQ and correct biases in place, layer by layer, on calibration pictures.
 
     fp32_model: the folded network that int8_model was quantized from; pixels: uint8 (n, 3, h, w).
-    A layer's inputs are those that the refined INT8 layers before it give. Its bias moves by the
-    mean error of its output (Nagel et al. 2019, section 4.2).
+    Each layer is fed what the INT8 layers before it, refined already, put out. Its bias moves by
+    the mean error of its output (Nagel et al. 2019, section 4.2).
     """
     chunks = pixels.split(CHUNK)
     fp32 = [activations_of(fp32_model, chunk) for chunk in chunks]
@@ -1130,7 +1145,7 @@ def read_checkpoint(file):
                 raise ValueError("two parts of one name")
             if sum(part.file_size for part in parts) > LARGEST_CHECKPOINT:
                 raise ValueError("too large when unpacked")
-            # reading checks every byte: torch.load would take a flipped bit for a weight
+            # copying checks each part's CRC, which torch.load does not
             checked = copy_zip(archive, zipfile.ZIP_STORED)
         inert = [(Placeholder, name) for name in PICKLED_CLASSES]
         quietly = warnings.catch_warnings(action="ignore")
@@ -1141,6 +1156,7 @@ def read_checkpoint(file):
         return tensors, saved.get("recipe")
     except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
         reason = f"is damaged, or no checkpoint of torch 1.6 or newer ({type(error).__name__})"
+        # torch's message names the class or function that it refused
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
         if unsafe:
             reason = f"holds {unsafe[1]}, which this network does not need; it was not loaded"
@@ -1161,7 +1177,8 @@ def problem_of(name, found, needed):
         return "is missing"
     dense = found.layout == torch.strided and not found.is_meta and not found.is_quantized
     both_real = found.is_floating_point() and needed.is_floating_point()
-    if not dense or found.shape != needed.shape or found.dtype != needed.dtype and not both_real:
+    same_type = found.dtype == needed.dtype or both_real
+    if not (dense and same_type and found.shape == needed.shape):
         return (f"is {found.layout} {found.dtype} {tuple(found.shape)}, not {needed.dtype} "
                 f"{tuple(needed.shape)}")
     if not found.float().isfinite().all():
@@ -1204,6 +1221,7 @@ def load_int8_checkpoint(file):
     if not isinstance(recipe, dict):
         raise InputError(f"checkpoint {file} holds FP32 weights, or no recipe: give the "
                          "INT8_checkpoint.pth.tar of a run")
+    # what checkpoints of earlier versions lack
     added_later = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224), "LAYER_BITS": {}}
     recipe = {name: recipe.get(name, added_later.get(name)) for name in LEGAL_RECIPE}
     try:
@@ -1247,7 +1265,7 @@ def write_files(folder, contents):
 # Calibration and evaluation are the same pass over the pictures; calibration observes the ranges.
 
 # %%
-DECODED_TOGETHER = 64   # pictures: decoding and computing at once would fight for the cores
+DECODED_TOGETHER = 64   # pictures decoded, then computed: at once they would fight for the cores
 TIMED_ROUNDS = 15       # the median counts
 ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
 
@@ -1275,7 +1293,7 @@ def evaluate(name, model, pictures, observe=no_observer):
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()
         now = time.perf_counter()
-        if now - reported >= 10:
+        if labels and now - reported >= 10:
             left = (now - start) / len(labels) * (len(pictures) - len(labels))
             print(f"{name} Top1: {meter.value()[0]:.3f}, {len(labels)} of {len(pictures)} "
                   f"pictures, {left:.0f} seconds left")
@@ -1303,7 +1321,7 @@ def check_unchanged(step, model, other, pixels, tolerance):
     largest = expected.abs().max().item()
     if not change <= tolerance * largest:       # NaN, too
         raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
-                         f"{largest:.3g}: give a checkpoint with smaller weights")
+                         f"{largest:.3g}: give a checkpoint with more ordinary weights")
 
 @torch.inference_mode()
 def time_networks(networks, pixels):
@@ -1322,7 +1340,7 @@ def time_networks(networks, pixels):
 
 # %%
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
-LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it answers change
+LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it expect changed answers
 OUTLIER = 100       # times the median: a channel this strong leaves few integers to the others
 
 def sqnr_db(signal, changed):
@@ -1331,7 +1349,7 @@ def sqnr_db(signal, changed):
     noise = (signal - changed).square().sum().item()
     if noise == 0:
         return None
-    return 10 * math.log10(max(signal.square().sum().item() / noise, 1e-300))
+    return 10 * math.log10(max(signal.square().sum().item() / noise, 1e-300))   # 0: no signal
 
 def wilson(correct, n, z=1.959964):
     """95 % Wilson score interval of a share, in percent (Wilson 1927)."""
@@ -1341,8 +1359,8 @@ def wilson(correct, n, z=1.959964):
     return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
 
 def mcnemar(corrected, broken):
-    """Exact two-sided p-value of McNemar's test (1947): how likely a fair coin splits the pictures
-    that only one of the networks has right at least as unevenly."""
+    """Exact two-sided p-value of McNemar's test (1947): of the pictures that exactly one network
+    has right, the probability that a fair coin would divide them at least this unevenly."""
     pictures = corrected + broken
     tail = sum(math.comb(pictures, k) for k in range(min(corrected, broken) + 1))
     return min(1.0, 2 * tail / 2**pictures)
@@ -1389,7 +1407,10 @@ def shorten(name, width):
     return name if len(name) <= width else f"...{name[3 - width:]}"
 
 def print_columns(columns, width=80):
-    """Print {heading: values}, a heading's words below each other, in blocks of at most `width`."""
+    """Print {heading: values} as columns, one word of a heading per line (split after _ too).
+
+    Columns beyond `width` go into another block, which repeats the first column.
+    """
     texts = []
     for heading, values in columns.items():
         cells = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in values]
@@ -1421,7 +1442,7 @@ def print_summary(report):
     sqnr = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {sqnr}, "
           f"{name} {report['speedup']:.1f} times as fast")
-    if not name.startswith(("INT8", "W8")):
+    if any(layer_bit(report["recipe"], layer) < 8 for layer in LAYERS):
         print("Fewer weight bits shrink the file; they do not speed it up.")
     if test["corrected"] or test["broken"]:
         verdict = "which could be chance" if test["p"] >= 0.05 else "which is more than chance"
@@ -1442,7 +1463,7 @@ def print_summary(report):
               f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")
 
 def hints(report, folded, int8_model):
-    """What to look at next, in at most three sentences; none where nothing stands out."""
+    """At most three hints on what to look at next; none where nothing stands out."""
     top1, (low, high) = report["fp32"]["top1"], report["fp32"]["interval95"]
     chance, images, sqnr = 100 / len(CLASSES), report["images"], report["logit_sqnr_db"]
     bias_bit = int8_model.recipe["BIAS_BIT"]
@@ -1454,8 +1475,8 @@ def hints(report, folded, int8_model):
                  "one scale." if times >= OUTLIER else "")
     found = [
         (high < chance,
-         f"FP32 Top-1 of {top1:.1f} % is worse than guessing: do the labels in the files' names "
-         "belong to other classes than the weights were trained on?"),
+         f"FP32 Top-1 of {top1:.1f} % is worse than guessing: are cat and dog swapped, or were "
+         "the weights trained on other classes?"),
         (low < chance <= high and images["evaluated"] >= SAMPLE,
          f"FP32 Top-1 of {top1:.1f} % is near guessing: were the weights trained on pixels from 0 "
          "to 255, and on these labels?"),
@@ -1475,14 +1496,14 @@ def counts(masks):
                      if mask.any())
 
 def outlier(ranges):
-    """How many times the median of the active channels the strongest one reaches."""
+    """The strongest channel's range divided by the median of the active ones."""
     active = ranges[ranges > 0]
     return (active.max() / active.median()).item() if len(active) else 0
 
 # %% [markdown]
 # ## The table of runs
-# Every run adds a row to `runs.csv`, which a spreadsheet or pandas opens. What is printed of it
-# compares the runs on the same pictures and weights.
+# Every run adds a row to `runs.csv`, which a spreadsheet or pandas opens. The last runs on the same
+# pictures and weights are printed.
 
 # %%
 RUNS_LISTED = 12    # of the last runs
@@ -1513,7 +1534,8 @@ def add_run(path, row):
             path.rename(aside)
             print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
             text = ""
-        before = header if not text else "" if text.endswith("\n") else "\n"
+        unfinished = text and not text.endswith("\n")       # its last line
+        before = header if not text else "\n" if unfinished else ""
         with open(path, "ab") as file:
             file.write((before + line).encode())
     except OSError as error:
@@ -1549,6 +1571,7 @@ def print_runs(rows):
     columns = {"run": [f"{'>' if row is rows[-1] else ''}{i}" for i, row in enumerate(same, 1)]}
     for name in [*LEGAL, "calibration_crc"]:
         cells = [row[name] for row in same]
+        # the folder's column shows already that the pictures differ
         explained = name == "calibration_crc" and {"DATA_DIR", "CALIBRATION_SPLIT"} & set(columns)
         if len(set(cells)) > 1 and not explained:
             columns[name] = [shorten(cell, 24) for cell in cells]
@@ -1564,7 +1587,8 @@ def print_runs(rows):
 
 # %% [markdown]
 # ## The run
-# Each step is a cell. The first reads the constants and lists the pictures.
+# Each step is a cell, guarded so that importing the file runs nothing. The first reads the
+# constants and lists the pictures.
 
 # %%
 def end_in_one_line(kind, error, trace):
@@ -1591,8 +1615,9 @@ if __name__ == "__main__":
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
+    # in a notebook: so that a cell run too early fails, and takes nothing made by other constants
     for made_below in ("calibrated", "int8_model", "int8"):
-        globals().pop(made_below, None)         # in a notebook: made with other constants
+        globals().pop(made_below, None)
 
 # %% [markdown]
 # ### Load
@@ -1619,7 +1644,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Calibrate
 # The observers see every calibration picture. Each range printed is that of the activation's
-# strongest channel; an outlier makes the step of the whole activation coarse.
+# strongest channel; an outlier leaves few integers for the other channels.
 
 # %%
 if __name__ == "__main__":
@@ -1631,9 +1656,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Quantize
-# Ranges become scales, and weights and biases integers. The table shows for each layer the largest
-# output that its integers cover (HEADROOM and equalization included), its scales, and how many of
-# the 31 bits of an int32 its largest possible sum takes.
+# Scales are calculated from the ranges, and weights and biases are rounded to integers. The table
+# shows for each layer the largest output that its integers cover (headroom and equalization
+# included), its scales, and how many of the 31 bits of an int32 its largest possible sum takes.
 
 # %%
 if __name__ == "__main__":
@@ -1648,8 +1673,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Verify
-# The kernels are used if every activation equals the reference's on these pictures, or if
-# INT8_ENGINE forces them. Then both networks are timed, in turns.
+# The kernels are used if they do not overflow and every activation equals the reference's on these
+# pictures, or if INT8_ENGINE forces them. Then both networks are timed, in turns.
 
 # %%
 if __name__ == "__main__":
@@ -1662,7 +1687,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Evaluate
-# The same pictures on integers, counted alone: the notebook's meter still held FP32's answers.
+# The same pictures on integers. (The notebook's meter still held FP32's answers when it counted
+# these, so that its INT8 accuracy was the mean of both.)
 
 # %%
 if __name__ == "__main__":
@@ -1709,7 +1735,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Explain
-# Why answers changed, in tables and a picture. A notebook runs the tool; a program leaves it out.
+# Why answers changed, in tables and a picture. In a notebook the line below runs the tool; in the
+# script it is a comment.
 
 # %%
 # %run tools/explain.py

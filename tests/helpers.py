@@ -76,22 +76,28 @@ def run_here(path, *words):
 
 
 class Place:
-    """A folder with a copy of the script, the checkpoint, and a few pictures of each split: no picture is in both."""
+    """A folder with a copy of the script, the checkpoint, and a few pictures of each split: no picture is in both.
 
-    def __init__(self, folder, pictures=6):
+    In cat_dog/train are as many as in cat_dog/val, or `calibration`.
+    """
+
+    def __init__(self, folder, pictures=6, calibration=None):
         self.folder, self.results, self.checkpoint = folder, folder / "results", folder / "BEST_checkpoint.pth.tar"
         self.train, self.val = [folder / "cat_dog" / split for split in ("train", "val")]
-        for split in (self.train, self.val):
+        for split, count in ((self.train, calibration or pictures), (self.val, pictures)):
             split.mkdir(parents=True)
-            for i in range(pictures // 2):
+            for i in range(count // 2):
                 for kind in ("cat", "dog"):
                     shutil.copy(ROOT / "cat_dog" / split.name / f"{kind}.{i}.jpg", split)
         shutil.copy(ROOT / "BEST_checkpoint.pth.tar", self.checkpoint)
         shutil.copy(SCRIPT, folder)
 
-    def edit(self, **constants):
-        """Edit constants as a user would, and return the copy's path."""
+    def edit(self, inserted=None, **constants):
+        """Edit constants as a user would, and return the copy's path. inserted: (step, code to run before it)."""
         text = SCRIPT.read_text()
+        if inserted:
+            assert text.count(f"# ### {inserted[0]}\n") == 1
+            text = text.replace(f"# ### {inserted[0]}\n", f"{inserted[1]}\n# ### {inserted[0]}\n")
         for name, value in constants.items():
             text, count = re.subn(rf"(?m)^{name} = .*?(  +# .*)?$",
                                   lambda found, line=f"{name} = {value!r}": line + (found[1] or ""), text)
@@ -116,10 +122,12 @@ class Place:
         return json.loads((self.results / "report.json").read_text())
 
     def refuse(self, *words, arguments=(), **constants):
-        """The run must end with one line that holds the words, status 1, and no report."""
+        """The run must end with one line that holds the words, status 1, and the results of before."""
+        before = self.files()
         status, _, err = run_here(self.edit(**constants), *arguments)
         one_line(status, err, *words)
-        assert self.files() == {}
+        assert self.files() == before
+        return err
 
     def files(self):
         """{name: bytes or None} of what is in results/."""
@@ -287,7 +295,7 @@ def quantized(state, **recipe):
 # recipes, for the oracle and for the script
 
 def default(bit=8, weight_bit=None):
-    """The default recipe; weights have as many bits as the places' integers unless told otherwise."""
+    """The default recipe; weights have as many bits as the activations unless told otherwise."""
     return oracle.Recipe(bit, weight_bit or bit, per_channel=True, unsigned=True, bias_bit=32, quantize_logits=False,
                          headroom=2)
 

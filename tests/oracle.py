@@ -1,4 +1,4 @@
-"""What quantize_catdog.py must compute, written again from the notebook's formulas in NumPy, without the script's code.
+"""What quantize_catdog.py must compute, written again from the notebook's formulas in NumPy, without its code.
 
 Two sets of formulas: the notebook's own, and the mended ones (scales per channel, unsigned activations, wider
 biases, FP32 logits). Both use float32 where they decide an integer, in the notebook's order of operations, so
@@ -7,6 +7,7 @@ that the script's integers can be compared with them exactly. np.rint rounds hal
 from collections import namedtuple
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 # layer, its batch norm, the activation that it reads, the activation that it computes
@@ -84,6 +85,19 @@ def folded(state, layer, bn):
 def equalizing_factors(ranges):
     """Equalization's factor for each channel of an activation, at most 4, from the channels' ranges."""
     return np.sqrt(ranges.max() / np.maximum(ranges, ranges.max() / 16))
+
+
+def equalized(weights, activations):
+    """{layer: (weight, bias)} and {activation: values}, folded, after equalization by the activations' own ranges."""
+    weights, activations = dict(weights), dict(activations)
+    for (layer, _, _, name), (reader, *_) in zip(LAYERS, LAYERS[1:]):
+        factors = equalizing_factors(ranges(activations)[name])
+        activations[name] = activations[name] * per_channel(factors, activations[name])
+        (w, b), (read, read_b) = weights[layer], weights[reader]
+        weights[layer] = w * factors.reshape(-1, *[1] * (w.ndim - 1)), b * factors
+        divisor = factors.repeat(read.shape[1] // len(factors)) if read.ndim == 2 else factors[:, None, None]
+        weights[reader] = read / divisor, read_b
+    return weights, activations
 
 
 # Scales and integers
@@ -175,3 +189,27 @@ def largest_totals(recipe, layer, integers):
     wq, bq, _ = integers[layer]
     weights = np.abs(wq.astype(np.int64)).reshape(len(wq), -1).sum(1)
     return weights * limits(recipe, source)[1] + np.abs(bq.astype(np.int64))
+
+
+# GPTQ
+
+def hessian_of_patches(q, kernel):
+    """Sums of products of a convolution's inputs q, over every sixth position of both axes."""
+    windows = sliding_window_view(q.astype(np.float64), (kernel, kernel), axis=(2, 3))
+    patches = windows[:, :, ::6, ::6].transpose(1, 4, 5, 0, 2, 3).reshape(q.shape[1] * kernel**2, -1)
+    return patches @ patches.T
+
+
+def gptq(w, scale, hessian, low, high):
+    """Integers of w (out, K), without factorization: round one input, solve for the best values of all that follow."""
+    damped = hessian + 0.01 * hessian.diagonal().mean() * np.eye(len(hessian))
+    w, out = w.copy(), np.zeros(w.shape, int)
+    for k in range(w.shape[1]):
+        out[:, k] = np.clip(np.rint(w[:, k] * scale), low, high)
+        error = w[:, k] - out[:, k] / scale
+        if k + 1 < w.shape[1]:      # min over d of (d, -error) damped (d, -error)': d = error * H_kr H_rr^-1
+            rest = slice(k + 1, None)
+            # torch's solver: NumPy's takes ten times as long where other programs hold the cores
+            share = torch.linalg.solve(torch.from_numpy(damped[rest, rest]), torch.from_numpy(damped[rest, k]))
+            w[:, rest] += error[:, None] * share.numpy()
+    return out

@@ -257,13 +257,16 @@ def test_tie_and_nan_in_the_check():
 
 @pytest.fixture
 def ten_pictures(tmp_path_factory, monkeypatch):
-    """The script's pictures are only ten, for the tests that need no more."""
+    """The script's pictures are only ten, for the tests that need no more, and a batch that cannot be decoded."""
     folder = tmp_path_factory.mktemp("pictures") / "val"
     folder.mkdir()
     for i in range(5):
+        (folder / f"cat.{10 + i}.jpg").write_bytes(b"no picture")
         for kind in ("cat", "dog"):
             (folder / f"{kind}.{i}.jpg").symlink_to(ROOT / "cat_dog" / "val" / f"{kind}.{i}.jpg")
     monkeypatch.setattr(script, "DATA_DIR", str(folder.parent))
+    monkeypatch.setattr(script, "BATCH_SIZE", 5)
+    return folder
 
 
 def stopped_with(monkeypatch, checkpoint, output):
@@ -294,6 +297,18 @@ def test_a_wrong_scale_is_refused(layer, channel, before, checkpoint, ten_pictur
     line = stopped_with(monkeypatch, checkpoint, output)
     assert re.match("ONNX Runtime [0-9.]+ does not answer as the script does: no file is written", line)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([before] if before else [])
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out(checkpoint, network, ten_pictures, tmp_path, monkeypatch, capsys):
+    skip_where_kernels_overflow(network("default"))
+    output = tmp_path / "INT8.onnx"
+    export_onnx.export(checkpoint, output, ten_pictures)
+    assert ": 10 of 10 classes are the script's" in capsys.readouterr().out and output.stat().st_size
+    output.unlink()
+    for file in ten_pictures.iterdir():
+        if file.is_symlink():
+            file.unlink()
+    assert "no usable picture" in stopped_with(monkeypatch, checkpoint, output) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["missing", "FP32"])

@@ -1,15 +1,14 @@
 """Any folder, any file, any size: layouts, broken pictures, broken and hostile checkpoints, same in same out, scale."""
 import io
+import itertools
 import os
 import pickle
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -18,11 +17,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from helpers import (
-    INTERRUPTED,
     ONE_THREAD,
     PICTURES,
     ROOT,
-    SIZE,
     Calls,
     Pictures,
     Place,
@@ -32,7 +29,6 @@ from helpers import (
     png_header_that_promises,
     quantized,
     refused,
-    run_here,
     started,
     stopped,
 )
@@ -44,56 +40,30 @@ MEGABYTE = 2**20
 
 # layouts
 
-@pytest.mark.parametrize("data_dir, split, files", [
-    ("cat_dog", "val", ["cat.0.jpg", "dog.0.jpg"]),                             # the notebook's
-    ("kaggle", "train", ["cat.0.jpg", "dog.0.jpg"]),
-    ("PetImages", ".", ["Cat/0.jpg", "Dog/0.jpg"]),
-    ("data", "train", ["cats/a.jpg", "dogs/b.jpg"]),
-    ("data", "test", ["Cats/deep/er/1.png", "DOG/2.jpeg", "DOG/more/3.jpg"]),
-])
-def test_layouts(tmp_path, data_dir, split, files):
-    folder = tmp_path / data_dir / split
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(PICTURES / ("cat.0.jpg" if "cat" in file.lower() else "dog.0.jpg"), folder / file)
-    pictures = script.CatDogDataset(folder)
-    assert sorted(pictures.files) == sorted(files) and pictures.skipped == {}
-    found = {}
-    for _, labels, names in pictures.batches():
-        found.update(zip(names, labels.tolist()))
-    assert found == {file: int("dog" in file.lower()) for file in files}
-
-
-def test_classes_alternate_in_class_folders(tmp_path):
-    for kind in ("Cat", "Dog"):
-        (tmp_path / kind).mkdir()
+def test_which_files_are_pictures_of_a_folder(tmp_path, monkeypatch):
+    """Classes alternate, in file names or in folders, whatever the folder itself is called and in whatever order it is
+    listed. Folders whose names begin with . or @ and links to folders are passed over; the folder itself may be a
+    link, and so may a file."""
+    folder = tmp_path / "cat_dog" / "dogs"
+    for kind in ("Cat", "Dog/deep/er", ".hidden/Cat", "@eaDir/Cat", "Cat/@eaDir"):
+        (folder / kind).mkdir(parents=True)
         for i in range(12):
-            (tmp_path / kind / f"{i}.jpg").touch()
-    assert script.CatDogDataset(tmp_path).files[:5] == ["Cat/0.jpg", "Dog/0.jpg", "Cat/1.jpg", "Dog/1.jpg", "Cat/2.jpg"]
-
-
-def test_links_are_followed_once(tmp_path):
-    (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "0.jpg").touch()
-    (tmp_path / "cats" / "again").symlink_to(tmp_path)
-    (tmp_path / "dogs").symlink_to(PICTURES)
-    pictures = script.CatDogDataset(tmp_path)
-    assert pictures.files.count("cats/0.jpg") == 1 and len(pictures.files) <= 101
-    assert len(pictures.files) + len(pictures.skipped) == 101
-
-
-def test_class_folders_run(tmp_path, eleven):
-    """The same pictures in another layout give the same report."""
-    _, expected, _ = eleven
-    place = Place(tmp_path, 12)
-    (place.val / "dog.5.jpg").unlink()
-    for file in [*place.train.iterdir(), *place.val.iterdir()]:
-        kind, number, _ = file.name.split(".")
-        folder = place.folder / "PetImages" / file.parent.name / kind.title()
-        folder.mkdir(parents=True, exist_ok=True)
-        file.rename(folder / f"{number}.jpg")
-    found, _ = place.report(DATA_DIR="PetImages")
-    assert figures_of(found) == figures_of(expected)
+            (folder / kind / f"{i}.jpg").touch()
+    (folder / "dog.3.jpg").touch()
+    (folder / "Cat" / "again").symlink_to(folder)
+    (folder / "dogs").symlink_to(PICTURES)
+    (folder / "Dog" / "12.jpg").symlink_to(PICTURES / "dog.0.jpg")
+    (tmp_path / "linked").symlink_to(folder)
+    expected = [f"{kind}/{i}.jpg" for i in range(12) for kind in ("Cat", "Dog/deep/er")] + ["Dog/12.jpg"]
+    expected.insert(8, "dog.3.jpg")
+    walk = os.walk
+    for order in (1, -1):
+        monkeypatch.setattr(os, "walk", lambda *args, order=order, **options: (
+            (top, folders, sorted(files)[::order]) for top, folders, files in walk(*args, **options)))
+        for path in (folder, tmp_path / "linked"):
+            pictures = script.CatDogDataset(path)
+            assert pictures.files == expected and pictures.labels == [int("og" in file) for file in expected]
+            assert pictures.skipped == {}
 
 
 # pictures under attack
@@ -185,7 +155,7 @@ def test_two_thousand_bad_pictures(attacked):
     assert len(reasons) > 500 and all(reason and "\n" not in reason for reason in reasons.values())
     for name, word in [("cat.special 0", "identify"), ("cat.special 2", "DecompressionBomb"),
                        ("cat.special 5", "DecompressionBomb"), ("cat.special 8", "identify"),
-                       ("dog.nowhere", "No such file"), ("dog.itself", "symbolic links"), ("dog.pipe", "is no file"),
+                       ("dog.nowhere", "No such file"), ("dog.itself", "symbolic links"), ("dog.pipe", "is not a file"),
                        ("dog.long", "name too long")]:
         assert word in reasons[f"cat_dog/attacked/{name}.jpg"], name
     assert report["layers"] == clean["layers"]                                  # calibrated on the good ones
@@ -205,31 +175,6 @@ def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
         assert len(expected.files) == 10 and len(rows) > 500
         for name, logits in zip(expected.files, expected.logits):
             assert torch.equal(rows[f"good.{name}"], logits), name
-
-
-def test_what_is_decoded_is_a_picture_and_what_is_not_a_reason(attacked):
-    """Decoded in one thread, for one of the reasons could be the threads'."""
-    _, folder = attacked
-    pictures = reasons = 0
-    for name in sorted(os.listdir(folder)):
-        try:
-            found = script.decode(folder / name, SIZE)
-        except script.InputError as error:
-            assert str(error).startswith(("cannot be decoded: ", "is no file")) and "\n" not in str(error), name
-            reasons += 1
-        else:
-            assert found.shape == (224, 224, 3) and found.dtype == np.uint8
-            pictures += 1
-    assert min(pictures, reasons) > 300, (pictures, reasons)
-
-
-def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
-    """Pillow would hand PostScript to Ghostscript."""
-    (tmp_path / "cat.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n"
-                                       b"/a 1 def\n%%EOF\n")
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
-    with pytest.raises(script.InputError, match="cannot identify"):
-        script.decode(tmp_path / "cat.jpg", SIZE)
 
 
 # checkpoints under attack
@@ -264,15 +209,8 @@ def test_three_hundred_mutated_checkpoints_of_a_kind(checkpoint, tmp_path):
         loaded += 1
         assert list(found) == list(expected)
         for name, value in expected.items():
-            assert name.startswith("range_") or torch.equal(found[name], value), i
+            assert torch.equal(found[name], value), i
     assert loaded < 150                                             # what loads has its damage where nothing lies
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, 1000, 0.5, 0.99, 0.999])
-def test_truncated_checkpoints(checkpoint, tmp_path, keep):
-    data, _, load = checkpoint
-    (tmp_path / "c.pth.tar").write_bytes(data[:keep if isinstance(keep, int) else int(len(data) * keep)])
-    refused(tmp_path / "c.pth.tar", "damaged", load=load)
 
 
 def with_parts(data, change):
@@ -343,11 +281,39 @@ def test_hostile_pickles(tmp_path, name, load):
     assert not target.exists() and (torch.load, torch.nn.Conv2d.forward) == before
 
 
-def test_a_storage_smaller_than_its_tensor(tmp_path, state):
-    file = io.BytesIO()
-    torch.save({"model": state}, file)
+@pytest.mark.parametrize("load", [script.load_checkpoint, script.INT8_Model.load])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_that_does_harm_where_it_is_loaded_without_care(tmp_path, state, zipped, load):
+    """Beside good weights, in torch's format and in that before 1.6."""
     path = tmp_path / "c.pth.tar"
+    torch.save({"model": state, "note": hostile(tmp_path / "executed")}, path, _use_new_zipfile_serialization=zipped)
+    refused(path, "mkdir" if zipped else "damaged", load=load)
+    assert not (tmp_path / "executed").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", script.PICKLED_CLASSES)
+def test_class_that_a_pickle_may_name_makes_nothing(tmp_path, monkeypatch, name):
+    """A call of it with 20000, 20000 would take 1.6 GB, were it nn.Linear. An inert object stands for the result."""
+    called = f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n".encode() + b"M\x20\x4eM\x20\x4e\x86R"
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(archive(b"\x80\x02}X\x05\x00\x00\x00model" + called + b"s."))
+    refused(path, "cnn1.weight is missing")
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module is made"))
+    assert script.read_checkpoint(path) == ({}, None)
+
+
+def test_parts_that_are_too_small_or_there_twice(tmp_path, state):
+    """Which of two parts of one name torch would read is not for an archive to choose."""
+    file, path = io.BytesIO(), tmp_path / "c.pth.tar"
+    torch.save({"model": state}, file)
     path.write_bytes(with_parts(file.getvalue(), {"/data/0": lambda content: content[:8]}))
+    refused(path, "damaged")
+    path.write_bytes(file.getvalue())
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as added:
+        name = next(name for name in added.namelist() if name.endswith("/data/0"))
+        added.writestr(name, bytes(added.getinfo(name).file_size))
     refused(path, "damaged")
 
 
@@ -356,21 +322,10 @@ def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch, state
     """But for its size it would be loaded."""
     file, path = io.BytesIO(), tmp_path / "c.pth.tar"
     torch.save({"model": state, "more": torch.zeros(5 * MEGABYTE, dtype=torch.uint8)}, file)
-    path.write_bytes(script.copy_zip(file, packed).getvalue())
+    with zipfile.ZipFile(file) as saved:
+        path.write_bytes(script.copy_zip(saved, packed).getvalue())
     assert script.load_checkpoint(path) and (packed == zipfile.ZIP_STORED or path.stat().st_size < 4 * MEGABYTE)
     monkeypatch.setattr(script, "LARGEST_CHECKPOINT", 4 * MEGABYTE)
-    refused(path, "damaged")
-
-
-def test_two_parts_of_one_name(tmp_path, state):
-    """Which of them torch would read is not for an archive to choose."""
-    file = io.BytesIO()
-    torch.save({"model": state}, file)
-    path = tmp_path / "c.pth.tar"
-    path.write_bytes(file.getvalue())
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as added:
-        name = next(name for name in added.namelist() if name.endswith("/data/0"))
-        added.writestr(name, bytes(added.getinfo(name).file_size))
     refused(path, "damaged")
 
 
@@ -391,7 +346,7 @@ def run_of(place, **constants):
 
 @pytest.mark.parametrize("constants", [
     dict(BATCH_SIZE=1), dict(BATCH_SIZE=2), dict(BATCH_SIZE=3), dict(BATCH_SIZE=10), dict(BATCH_SIZE=4096),
-    dict(NUM_WORKERS=1), dict(NUM_WORKERS=7, BATCH_SIZE=4), dict(INT8_ENGINE="reference"),
+    dict(NUM_WORKERS=1, DECODED_TOGETHER=4), dict(NUM_WORKERS=7, BATCH_SIZE=4), dict(INT8_ENGINE="reference"),
     dict(KEEP_BYTES=5 * 224 * 224 * 3)], ids=str)
 def test_batches_workers_and_engines_change_nothing(eleven, constants):
     """Not one bit of ranges, integers, classes or flips. Nor does it where pictures are decoded again for each pass."""
@@ -399,19 +354,6 @@ def test_batches_workers_and_engines_change_nothing(eleven, constants):
     report, found = run_of(place, **constants)
     assert figures_of(report) == figures_of(expected)
     assert all(torch.equal(found[name], value) for name, value in tensors.items()) and len(found) == len(tensors)
-
-
-def test_order_of_the_listing_changes_nothing(eleven, monkeypatch):
-    place, *_ = eleven
-    expected = script.CatDogDataset(place.val).files
-    walk = os.walk
-
-    def shuffled(*args, **kwargs):
-        for folder, folders, files in walk(*args, **kwargs):
-            random.Random(1).shuffle(files)
-            yield folder, folders, files
-    monkeypatch.setattr(os, "walk", shuffled)
-    assert script.CatDogDataset(place.val).files == expected
 
 
 def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
@@ -426,42 +368,19 @@ def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
             random.Random(SEED).shuffle(both)
             pictures.files, pictures.labels = map(list, zip(*both))
         folded = script.load_checkpoint(place.checkpoint).fused()
-        outcome = script.calibrate(folded, pictures)
+        calibrated = script.calibrate(folded, pictures)
         int8 = folded.cl_scale(script.read_constants(script.LEGAL_RECIPE))
         answers = script.evaluate("", int8, pictures)
-        found.append(([folded.ranges[place] for place in script.ACTIVATIONS],
+        found.append(([folded.ranges[name] for name in script.ACTIVATIONS],
                       {name: (label, fp32.tolist(), logits.tolist()) for name, label, fp32, logits in
-                       zip(outcome.files, outcome.labels.tolist(), outcome.logits, answers.logits)},
+                       zip(calibrated.files, calibrated.labels.tolist(), calibrated.logits, answers.logits)},
                       list(int8.state_dict().values())))
     assert all(torch.equal(a, b) for a, b in zip(found[0][0] + found[0][2], found[1][0] + found[1][2]))
     assert found[0][1] == found[1][1]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
-def test_fp32_values_do_not_depend_on_the_pictures_beside(size):
-    pixels = script.CatDogDataset(PICTURES).first_pixels(33)
-    folded = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
-    with torch.no_grad():
-        whole = script.activations_of(folded, pixels)
-        parts = [script.activations_of(folded, chunk) for chunk in pixels.split(size)]
-    for place in script.ACTIVATIONS:
-        assert torch.equal(torch.cat([part[place] for part in parts]), whole[place]), place
-
-
 # progress, Ctrl-C, closed pipes, full disks
 
-class Clock:
-    """A perf_counter that makes each batch take so many seconds."""
-
-    def __init__(self, seconds):
-        self.now, self.seconds = 0, seconds
-
-    def __call__(self):
-        self.now += self.seconds
-        return self.now
-
-
-@pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("seconds, lines", [
     (0.001, ["x Top1: 100.000, 100 of 100 pictures of planted"]),
     (5, ["x Top1: 100.000, 20 of 100 pictures, 40 seconds left",
@@ -471,12 +390,13 @@ class Clock:
          "x Top1: 100.000, 100 of 100 pictures, 0 seconds left",
          "x Top1: 100.000, 100 of 100 pictures of planted"]),
 ])
-def test_progress(monkeypatch, capsys, terminal, seconds, lines):
-    """Every ten seconds a line, in a terminal as in a file."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    monkeypatch.setattr(script.time, "perf_counter", Clock(seconds))
-    pictures = Pictures(torch.zeros(100, 3, 2, 2), batch=10)
-    script.evaluate("x", lambda pixels, at: torch.tensor([[1.0, 0.0]]).expand(len(pixels), 2), pictures)
+def test_progress(monkeypatch, capsys, seconds, lines):
+    """Every ten seconds a line."""
+    monkeypatch.setattr(script.time, "perf_counter", itertools.count(0, seconds).__next__)
+    for name in ("BATCH_SIZE", "DECODED_TOGETHER"):
+        monkeypatch.setattr(script, name, 10)
+    pictures = Pictures(torch.zeros(100, 3, 2, 2))
+    script.evaluate("x", lambda pixels, observe: torch.tensor([[1.0, 0.0]]).expand(len(pixels), 2), pictures)
     assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines)
 
 
@@ -488,29 +408,9 @@ def done(tmp_path_factory):
     return place, place.files()
 
 
-@pytest.mark.parametrize("after", ["calibrating on", "FP32 Top1", "INT8 engine"])
-def test_ctrl_c_in_the_run(done, after):
-    process = started(done[0].edit())
-    for line in process.stdout:
-        if after in line:
-            process.send_signal(signal.SIGINT)
-            break
-    stopped(process, *done)
-
-
-def test_ctrl_c_at_the_end_of_the_run(done):
-    """Just before the files are written."""
-    path = done[0].edit()
-    before, mark, keep = path.read_text().partition("# ### Keep\n")
-    path.write_text(f"{before}\nimport signal\nos.kill(os.getpid(), signal.SIGINT)\n{mark}{keep}")
-    stopped(started(path), *done)
-
-
-@pytest.mark.parametrize("imports", [1, 40, 300, 900])
-def test_ctrl_c_during_the_imports(done, tmp_path, imports):
-    """The first import, and some of those that the imports make."""
-    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
-    stopped(started(done[0].edit(), PYTHONPATH=str(tmp_path), IMPORTS=str(imports)), *done)
+@pytest.mark.parametrize("step", ["Load", "Calibrate", "Verify", "Save"])
+def test_ctrl_c_in_the_run(done, step):
+    stopped(started(done[0].edit((step, "import signal\nos.kill(os.getpid(), signal.SIGINT)"))), *done)
 
 
 @pytest.mark.parametrize("lines", [0, 3, 43])
@@ -526,35 +426,12 @@ def test_closed_pipe(done, lines):
     assert place.files() == before
 
 
-def test_mistakes_of_our_own_show_their_traceback(tmp_path):
-    """The run shortens what it expects, and nothing else."""
-    place = Place(tmp_path)
-    path = place.edit()
-    path.write_text(path.read_text().replace("\n    model = load_checkpoint(", "\n    model = load_chekpoint("))
-    status, _, err = run_here(path)
-    assert status == 1 and "Traceback" in err and "NameError" in err and "load_chekpoint" in err
-
-
-@pytest.mark.parametrize("error, words", [(28, "No space left"), (30, "Read-only file system")])
-def test_no_room_is_said_at_the_start(tmp_path, monkeypatch, error, words):
-    """The probe is as large as what a run writes: an empty file fits onto a full disk."""
-    sizes = []
-
-    def refuse(path, content):
-        sizes.append(len(content))
-        path.touch()
-        raise OSError(error, os.strerror(error))
-    monkeypatch.setattr(type(tmp_path), "write_bytes", refuse)
-    with pytest.raises(script.InputError, match=f"cannot write in {tmp_path}.*{words}.*OUTPUT_DIR"):
-        script.make_writable(tmp_path)
-    assert sizes == [8 * MEGABYTE] and list(tmp_path.iterdir()) == []
-
-
 def test_full_disk(tmp_path):
     """A real one, where the tests may mount it."""
     place = Place(tmp_path)
     place.results.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place.results], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", place.results]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mount is not allowed")
     try:
         place.refuse("cannot write", str(place.results), "No space left on device", "OUTPUT_DIR")
@@ -566,7 +443,7 @@ def test_full_disk(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     """Four times as many, of which KEEP_BYTES lets 10 MB of each split be kept. With a small SAMPLE: the maps of its
-    pictures take more than all else, by 200 MB more in one run than in the next."""
+    pictures take more than all else."""
     memory = []
     for count in (150, 600):
         place = Place(tmp_path / str(count), 2)
@@ -580,10 +457,3 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
         assert place.last_report()["images"] == {"evaluated": count + 1, "calibrated": count + 1}
         memory.append(most)
     assert memory[1] < memory[0] + 50 * MEGABYTE, memory        # what is decoded takes 135 MB more
-
-
-def test_crc_is_what_zip_says(tmp_path):
-    """The checksums that `copy_zip` relies on are there in what torch and the script write."""
-    with zipfile.ZipFile(ROOT / "BEST_checkpoint.pth.tar") as file:
-        for part in file.infolist():
-            assert part.CRC == zlib.crc32(file.read(part.filename))

@@ -17,73 +17,116 @@ def crowded(tmp_path_factory):
     return place.report()
 
 
-@pytest.mark.parametrize("gained, lost, p", [(0, 0, 1), (0, 1, 1), (5, 5, 1), (1, 9, 0.021484375), (9, 1, 0.021484375),
-                                             (0, 10, 0.001953125), (3, 8, 0.2265625)])
-def test_mcnemar(gained, lost, p):
+def predictions(pictures, logits):
+    """The Predictions of a network that answers with these logits."""
+    return script.evaluate("INT8", lambda pixels, observe: logits, pictures)
+
+
+@pytest.mark.parametrize("corrected, broken, p", [
+    (0, 0, 1), (0, 1, 1), (5, 5, 1), (1, 9, 0.021484375), (9, 1, 0.021484375), (0, 10, 0.001953125),
+    (3, 8, 0.2265625)])
+def test_mcnemar(corrected, broken, p):
     """Tails of the binomial distribution, by hand: (1, 9) is 2 * (1 + 10) / 1024."""
-    assert script.mcnemar(gained, lost) == p
-
-
-def test_a_tie_is_a_cat(capsys):
-    """In each figure: Top-1, pictures right, and what they were called."""
-    pictures = Pictures(torch.zeros(4, 3, 2, 2), [0, 0, 0, 1])
-    outcome = script.evaluate("INT8", lambda pixels, at: torch.ones(len(pixels), 2), pictures)
-    assert outcome.top1 == 75 and "INT8 Top1: 75.000, 4 of 4" in capsys.readouterr().out
-    found = script.accuracy_of(outcome)
-    assert found["correct"] == 3 and found["confusion"] == [[3, 0], [1, 0]]
+    assert script.mcnemar(corrected, broken) == p
 
 
 def test_mcnemar_of_very_many():
     assert 0 < script.mcnemar(3000, 3300) < 0.001 < 0.1 < script.mcnemar(3000, 3050) < 1
 
 
+def test_a_tie_is_a_cat(capsys):
+    """In each figure: Top-1, pictures right, and what they were called."""
+    found = predictions(Pictures(torch.zeros(4, 3, 2, 2), [0, 0, 0, 1]), torch.ones(4, 2))
+    assert found.top1 == 75 and found.classes.tolist() == [0] * 4
+    assert "INT8 Top1: 75.000, 4 of 4" in capsys.readouterr().out
+    accuracy = script.accuracy_of(found)
+    assert accuracy["correct"] == 3 and accuracy["confusion"] == [[3, 0], [1, 0]]
+
+
 def test_planted_flips():
     """Of five pictures the second turns right and the fourth wrong."""
-    files, labels = [f"cat and co {i}.jpg" for i in range(5)], torch.tensor([0, 0, 1, 1, 1])
-    fp32 = torch.tensor([[2.0, 0], [0.0, 0.5], [0, 1], [0.25, 1], [3, 1]])
-    int8 = torch.tensor([[2.0, 0], [0.6, 0.5], [0, 1], [1.25, 1], [3, 2]])
-    found = script.compare(script.Predictions(files, labels, fp32, 60.0), script.Predictions(files, labels, int8, 60.0))
-    assert [(flip["file"], flip["label"], flip["better"], flip["fp32_margin"]) for flip in found["flips"]] == [
-        ("cat and co 1.jpg", "cat", True, 0.5), ("cat and co 3.jpg", "dog", False, 0.75)]
-    assert found["flips"][1]["fp32_logits"] == [0.25, 1] and found["flips"][1]["int8_logits"] == [1.25, 1]
+    pictures = Pictures(torch.zeros(5, 3, 2, 2), [0, 0, 1, 1, 1])
+    fp32, int8 = [predictions(pictures, torch.tensor(logits)) for logits in (
+        [[2.0, 0], [0.0, 0.5], [0, 1], [0.25, 1], [3, 1]], [[2.0, 0], [0.6, 0.5], [0, 1], [1.25, 1], [3, 2]])]
+    found = script.compare(fp32, int8)
+    logits = [([0.0, 0.5], pytest.approx([0.6, 0.5])), ([0.25, 1], [1.25, 1])]
+    assert found["flips"] == [
+        {"file": file, "label": label, "effect": effect, "fp32_margin": margin, "fp32_logits": before,
+         "int8_logits": after} for file, label, effect, margin, (before, after) in zip(
+            ["cat.1.jpg", "cat.3.jpg"], ["cat", "dog"], ["corrected", "broken"], [0.5, 0.75], logits)]
     assert found["agreement"] == 0.6 and found["mcnemar"] == {"corrected": 1, "broken": 1, "p": 1}
-    assert found["flips"][0]["fp32_logits"] == [0.0, 0.5] and set(found["flips"][0]) == {
-        "file", "label", "better", "fp32_margin", "fp32_logits", "int8_logits"}
     assert found["fp32"]["confusion"] == [[1, 1], [1, 2]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
     assert [found[name]["correct"] for name in ("fp32", "int8")] == [3, 3]
     assert found["logit_sqnr_db"] == pytest.approx(10 * math.log10(16.3125 / 2.36))
+
+
+def test_three_classes(monkeypatch):
+    """An answer may change from one wrong class to another one; the confusion has as many rows as there are classes."""
+    monkeypatch.setattr(script, "CLASSES", ("cat", "dog", "bird"))
+    pictures = Pictures(torch.zeros(3, 3, 2, 2), [0, 1, 2])
+    fp32, int8 = [predictions(pictures, torch.eye(3)[classes]) for classes in ([1, 1, 2], [2, 1, 2])]
+    found = script.compare(fp32, int8)
+    assert [(flip["effect"], flip["label"]) for flip in found["flips"]] == [("still wrong", "cat")]
+    assert found["mcnemar"] == {"corrected": 0, "broken": 0, "p": 1}
+    assert found["int8"]["confusion"] == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_logits_that_are_no_numbers_are_not_compared(value, wrong):
     """Of either network."""
-    outcomes = [script.Predictions(["cat.jpg"], torch.tensor([0]), torch.tensor([[1.0, 0.0]]), 100.0) for _ in range(2)]
-    outcomes[wrong].logits[0, 1] = value
+    pictures = Pictures(torch.zeros(1, 3, 2, 2))
+    answers = [predictions(pictures, torch.tensor([[1.0, value if i == wrong else 0.0]])) for i in range(2)]
     with pytest.raises(script.InputError, match="logits overflow FP32"):
-        script.compare(*outcomes)
+        script.compare(*answers)
 
 
-@pytest.mark.parametrize("gained, lost, chance", [(0, 5, "can be chance (McNemar's p = 0.062)"),
-                                                  (4, 12, "can be chance (McNemar's p = 0.077)"),
-                                                  (3, 11, "can be chance (McNemar's p = 0.057)"),
-                                                  (4, 13, "more than chance (McNemar's p = 0.049)"),
-                                                  (0, 6, "more than chance (McNemar's p = 0.031)"),
-                                                  (0, 40, "more than chance (McNemar's p = 1.8e-12)")])
-def test_verdict(crowded, capsys, gained, lost, chance):
-    test = {"corrected": gained, "broken": lost, "p": script.mcnemar(gained, lost)}
+@pytest.mark.parametrize("corrected, broken, chance", [
+    (0, 5, "could be chance (McNemar's p = 0.062)"), (4, 12, "could be chance (McNemar's p = 0.077)"),
+    (3, 11, "could be chance (McNemar's p = 0.057)"), (4, 13, "is more than chance (McNemar's p = 0.049)"),
+    (0, 6, "is more than chance (McNemar's p = 0.031)"), (0, 40, "is more than chance (McNemar's p = 1.8e-12)"),
+    (0, 0, None)])
+def test_verdict(crowded, capsys, corrected, broken, chance):
+    """None where no answer turned right or wrong."""
+    test = {"corrected": corrected, "broken": broken, "p": script.mcnemar(corrected, broken)}
     script.print_summary(crowded[0] | {"mcnemar": test})
-    assert f"INT8 corrects {gained} and spoils {lost} FP32 answers: {chance}\n" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    verdict = f"INT8 corrects {corrected} and breaks {broken} of FP32's answers, which {chance}"
+    assert verdict in out if chance else "McNemar" not in out
 
 
-def test_intervals_in_the_summary(crowded, capsys):
-    rows = {name: crowded[0][name] | {"interval95": script.wilson(correct, 100)}
-            for name, correct in (("fp32", 90), ("int8", 50))}
-    script.print_summary(crowded[0] | rows)
+def test_figures_in_the_summary(crowded, capsys):
+    """Each in its network's row: Top-1, its interval, right pictures of each class, time, size."""
+    rows = {name: crowded[0][name] | dict(
+        interval95=script.wilson(correct, 100), top1=correct + 0.1234, confusion=[[correct, 1], [2000, correct + 3]],
+        ms_per_image=correct / 7, file_bytes=12345 * correct) for name, correct in (("fp32", 90), ("int8", 50))}
+    script.print_summary(crowded[0] | rows | {"speedup": 1.84, "agreement": 0.98749, "logit_sqnr_db": 39.7466})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for line in ("FP32 90.123 % 82.6 to 94.5 % 90 of 91 93 of 2,093 12.86 1,111,050",
+                 "INT8 50.123 % 40.4 to 59.6 % 50 of 51 53 of 2,053 7.14 617,250",
+                 "same class 98.75 %, logit SQNR 39.7 dB, INT8 1.8 times as fast"):
+        assert line.split() in lines
+
+
+NAMES = ["x" * 300, "cat.0.jpg", "猫" * 200, "a\nb\r\x1b[2J" * 30, "\u202e" * 99, "\udcff" * 99, "cat\u0301" * 99,
+         " " * 500, "/".join(["folder"] * 60)]
+
+
+def test_summary_is_at_most_80_characters_wide(crowded, capsys):
+    """With names of any length and kind, in lines that hold nothing but what can be printed. Lists are cut."""
+    flips = [{"file": name, "label": "dog", "effect": effect, "fp32_margin": 12.345, "fp32_logits": [-12.345, 11.222],
+              "int8_logits": [11.222, -12.345]} for name in NAMES for effect in ("corrected", "broken", "still wrong")]
+    skipped = [{"file": f"/home/{name}", "reason": f"cannot be decoded: {name}"} for name in NAMES * 3]
+    script.print_summary(crowded[0] | {
+        "flips": flips, "skipped": skipped, "recipe": crowded[0]["recipe"] | {"WEIGHT_BIT": 7},
+        "mcnemar": {"corrected": 12, "broken": 345, "p": 1.2e-34}})
     lines = capsys.readouterr().out.splitlines()
-    for name, row in rows.items():
-        low, high = row["interval95"]
-        assert any(line.startswith(name.upper()) and f"{low:.1f} to {high:.1f} %" in line for line in lines)
+    assert [line for line in lines if len(line) > 80] == [] and all(line.isprintable() for line in lines)
+    effects = [sum(line.endswith(f" (dog), {effect}") for line in lines)
+               for effect in ("corrected", "broken", "still wrong")]
+    assert effects == [7, 7, 6] and sum("margin 12.345" in line for line in lines) == script.LISTED == 20
+    assert "27 pictures changed their class, 27 files were left out; report.json has all" in lines
+    assert sum("..." in line for line in lines) >= 20 + 20 / 9 * 7
 
 
 def test_names_that_would_move_the_cursor():
@@ -95,5 +138,4 @@ def test_names_that_would_move_the_cursor():
 def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(crowded):
     report, out = crowded
     assert len(report["skipped"]) == 30 and out.count("/val/bird.") == 20
-    assert f"{len(report['flips'])} pictures changed their class, 30 files were left out\n" in out
-    assert "(at most 20 of a kind are shown here; all are in report.json)\n" in out
+    assert f"\n{len(report['flips'])} pictures changed their class, 30 files were left out; report.json has" in out

@@ -1,41 +1,32 @@
-"""Why quantization changed what it changed: tables, explain.json, report.png.
+"""Why answers changed: tables in the terminal, explain.json and report.png.
 
     python tools/explain.py [--bits] [preset] [NAME=value ...]
 
-Makes the network that quantize_catdog.py makes of the same constants, and shows
+Quantizes the network as quantize_catdog.py does with the same constants, and shows
 
-- where the error is born: each layer quantized alone, all others in FP32;
+- where the error arises: the error of each layer when it alone is quantized;
 - where the ranges come from: the picture that set each;
-- how many pictures are enough: calibrated on the first 1, 2, 5, 10, ...;
-- how a value becomes an integer: an output of the first layer, and a logit;
-- with --bits: how many bits are enough, from 8 down to 2 for weights and for
-  activations, and what each layer alone can spare: some 90 networks;
-- which pictures changed.
+- how many calibration pictures are enough: the first 1, 2, 5, 10, ... of them;
+- how a value is quantized: one output of the first layer, and one logit;
+- with --bits: how many bits are enough, from 8 down to 2, for all weights and all
+  activations, and for each layer's weights alone: some 90 networks;
+- which answers changed.
 
-results/explain.json has the tables' figures, results/report.png draws them; no
-other file is written. In a notebook, `%run tools/explain.py` takes the
-constants of the notebook's cells and shows the picture under its own.
+results/explain.json has the figures of the tables, results/report.png draws them;
+no other file is written. In a notebook, `%run tools/explain.py` uses the constants
+of the notebook's cells and shows the picture below its own cell.
 """
 import sys
 
-
-def end_import_in_one_line(kind, error, trace):
-    """sys.excepthook while the imports run, before the script's own can take over."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped by Ctrl-C", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 if __name__ == "__main__":
-    sys.excepthook = end_import_in_one_line
-    for module in ("quantize_catdog", "draw_report", "sweep_bits"):     # a kernel may hold old ones
-        sys.modules.pop(module, None)
+    for module in ("quantize_catdog", "draw_report", "sweep_bits"):
+        sys.modules.pop(module, None)       # a notebook's kernel may hold an older one
 
 import copy
 import json
+import math
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +46,7 @@ from sweep_bits import (
     print_layer_bits,
     read_by,
     real,
+    with_unit,
 )
 
 import quantize_catdog as script
@@ -66,14 +58,14 @@ COMPARED = 100          # evaluation pictures, at most, whose answers the curve 
 # Values and their energies
 
 def flat(x):
-    """All values in one row; maps in the order in which they lie in memory: nothing is copied."""
+    """All values in one row, in the order in which they lie in memory, so that none is copied."""
     return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(-1)
 
 
 def histogram(x, largest):
     """Counts (4 * BINS,) of values from -2 to 2 times `largest`; the outer bins count all beyond.
 
-    x: FP32, any shape; largest: a float. The counts come back on the CPU.
+    x: FP32, any shape; largest: a float. The counts are on the CPU.
     """
     width = max(largest, script.SMALLEST) / BINS
     bins = (x / width + 2 * BINS).clamp_(0, 4 * BINS - 1).short()
@@ -81,12 +73,17 @@ def histogram(x, largest):
 
 
 def energy(x):
-    """Sum of squares, a float. In FP64: FP32 would square 1e-25 to 0, and 1e25 to infinity."""
-    return x.to(torch.float64, copy=True).square_().sum().item()
+    """Sum of squares in FP64: FP32 would square 1e-25 to 0, and 1e25 to infinity."""
+    return x.double().square().sum().item()
+
+
+def decibels(signal, noise):
+    """Ratio of two energies in dB; None when there is no noise."""
+    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
 
 
 def round_trip(int8_model, activation, x):
-    """FP32 values to an activation's integers and back."""
+    """FP32 values, quantized to an activation's integers and back."""
     if int8_model.is_fp32(activation):
         return x
     scale = int8_model.scale(activation)
@@ -96,124 +93,122 @@ def round_trip(int8_model, activation, x):
 # Calibration, picture by picture
 
 def calibrate_by_picture(folded, pictures):
-    """As the script's `calibrate`, and remember each picture's part in the ranges.
+    """Like the script's `calibrate`, and remember what each picture adds to the ranges.
 
-    Returns the Predictions and {activation: largest magnitude in each picture's channels, FP32 (n, C)}.
+    Returns the Predictions and {activation: largest magnitude in each channel of each picture,
+    FP32 (n, C)}.
     """
-    maxima = {activation: torch.zeros(len(pictures), len(folded.ranges[activation]))
-              for activation in script.ACTIVATIONS}
-    seen = Counter()
+    maxima, seen = {}, Counter()
 
-    def observe(activation, values):
-        rows = slice(seen[activation], seen[activation] + len(values))
-        maxima[activation][rows] = script.largest_magnitudes(values)
-        seen[activation] += len(values)
+    def observe(name, values):
+        found = torch.stack([script.largest_magnitudes(x[None]) for x in values])       # (n, C)
+        rows = maxima.setdefault(name, torch.zeros(len(pictures), found.shape[1]))
+        rows[seen[name]:seen[name] + len(found)] = found
+        seen[name] += len(found)
+        folded.update_range(name, found)
         return values
 
-    outcome = script.evaluate("FP32", folded, pictures, observe)
-    maxima = {activation: found[:len(outcome.files)] for activation, found in maxima.items()}
-    set_ranges(folded, maxima)
-    return outcome, maxima
-
-
-@torch.no_grad()
-def set_ranges(folded, maxima):
-    """Give a folded network the ranges that pictures with these maxima set; the input's is 255."""
     folded.reset_ranges()
-    for activation, found in maxima.items():
-        folded.update_range(activation, found.to(script.DEVICE))
+    fp32 = script.evaluate("FP32", folded, pictures, observe)
+    return fp32, {name: rows[:len(fp32.files)] for name, rows in maxima.items()}
 
 
-# Where the error is born
+# Where the error arises
+
+ERRORS = ("int8", "inherited", "added", "weights", "biases", "rounding")
+
 
 def layer_output(model, layer, x, **changed):
-    """What a layer of an FP32 network makes of x, with another `weight` or `bias` if given."""
+    """The output of a layer of an FP32 network, with another `weight` or `bias` if given."""
     y = functional_call(model.get_submodule(layer.name), changed, x)
     return F.relu_(y) if layer.is_conv else y
 
 
 def logits_from(model, activation, values):
-    """An FP32 network's logits (n, 2) when an activation has these values."""
+    """An FP32 network's logits (n, classes) when an activation has these values."""
     for layer in script.LAYERS[script.ACTIVATIONS.index(activation):]:
         values = layer_output(model, layer, read_by(layer, {layer.input: values}))
     return values
 
 
 def uncorrected_bias(fp32_model, int8_model, layer):
-    """A layer's int32 bias before the bias correction, which makes up for what is inherited."""
-    part, in_scale = fp32_model.get_submodule(layer.name), int8_model.scale(layer.input)
+    """A layer's int32 bias before bias correction, which makes up for what is inherited."""
+    fp32_layer, in_scale = fp32_model.get_submodule(layer.name), int8_model.scale(layer.input)
     bit = script.layer_bit(int8_model.recipe, layer)
-    return script.weight_quant(part.weight, part.bias, in_scale, bit, int8_model.recipe)[1]
+    return script.weight_quant(fp32_layer.weight, fp32_layer.bias, in_scale, bit,
+                               int8_model.recipe)[1]
 
 
-def quantized_alone(fp32_model, int8_model, layer, values, int8_values):
-    """{kind of error: what a layer puts out with this error and no other}.
+def outputs_with_errors(fp32_model, int8_model, layer, values, int8_values):
+    """{one of ERRORS: the output of a layer that has this error and no other}.
 
-    values, int8_values: {activation: FP32 values} of the FP32 network, and what the INT8 network's
-    integers stand for. The kinds are those of `error_ledger`.
+    values: {activation: FP32 values} of the FP32 network; int8_values: the FP32 values that the
+    INT8 network's integers stand for. `error_ledger` explains the errors.
     """
-    part, part8, activation = fp32_model.get_submodule(layer.name), int8_model.get_submodule(layer.name), layer.output
-    weight8 = part8.weight / script.broadcast(part8.w_scale, part.weight.dim() - 1)
-    bias8 = uncorrected_bias(fp32_model, int8_model, layer) / int8_model.sum_scale(layer)
-    x, x8 = read_by(layer, values), read_by(layer, int8_values)
-    both = layer_output(fp32_model, layer, x, weight=weight8, bias=bias8)
-    return {"int8": int8_values[activation],
-            "inherited": layer_output(fp32_model, layer, x8),
-            "weights": layer_output(fp32_model, layer, x, weight=weight8),
-            "biases": layer_output(fp32_model, layer, x, bias=bias8),
-            "rounding": round_trip(int8_model, activation, values[activation]),
-            "born": round_trip(int8_model, activation, both)}
+    int8_layer, output = int8_model.get_submodule(layer.name), layer.output
+    weight = int8_layer.weight / script.broadcast(int8_layer.w_scale, int8_layer.weight.dim() - 1)
+    bias = uncorrected_bias(fp32_model, int8_model, layer) / int8_model.sum_scale(layer)
+    x, int8_x = read_by(layer, values), read_by(layer, int8_values)
+    both = layer_output(fp32_model, layer, x, weight=weight, bias=bias)
+    return {"int8": int8_values[output],
+            "inherited": layer_output(fp32_model, layer, int8_x),
+            "added": round_trip(int8_model, output, both),
+            "weights": layer_output(fp32_model, layer, x, weight=weight),
+            "biases": layer_output(fp32_model, layer, x, bias=bias),
+            "rounding": round_trip(int8_model, output, values[output])}
 
 
 @torch.inference_mode()
 def error_ledger(fp32_model, int8_model, pixels):
-    """Where the error is born: a list with a dict for the input and each layer.
+    """Where the error arises: a list with a dict for the input and for each layer.
 
-    fp32_model: the folded network that int8_model was made from; pixels: uint8 (n, 3, h, w). Each
-    dict has an SQNR in dB, None for no error, of these errors. In what the layer puts out:
+    fp32_model: the folded network that int8_model was quantized from; pixels: uint8 (n, 3, h, w).
+    Each dict has an SQNR in dB, None for no error, of these errors. In the layer's output:
 
-        int8        of the INT8 network
-        inherited   of it, what comes with the layer's input: the FP32 layer on the INT8 input
-        born        of quantizing this layer alone, on the FP32 input; and of its parts:
+        int8        the whole error of the INT8 network
+        inherited   from the layer's input: the FP32 layer reads the INT8 network's values
+        added       by quantizing this layer alone, with FP32 inputs; and of it by
         weights, biases, rounding (of the output)
 
-    and, at the logits, "logits": of quantizing this layer alone. Biases are those of before their
-    correction. The second result: {activation: histogram of its FP32 values}, to twice what is
-    kept.
+    and, at the logits, "logits": by quantizing this layer alone. Biases are those before bias
+    correction. The second result is {activation: histogram of its FP32 values}, to twice the
+    largest value that is not clipped.
     """
-    energies, levels, histograms = Counter(), Counter(), Counter()
+    energies, levels, histograms = defaultdict(float), defaultdict(int), defaultdict(int)
+    names = dict(zip(script.ACTIVATIONS, [None, *script.LAYERS]))
     for chunk in pixels.split(script.CHUNK):
-        values, integers = script.activations_of(fp32_model, chunk), script.activations_of(int8_model, chunk)
+        values = script.activations_of(fp32_model, chunk)
+        integers = script.activations_of(int8_model, chunk)
         int8_values = {name: real(int8_model, name, q) for name, q in integers.items()}
-        for activation, layer in zip(script.ACTIVATIONS, [None, *script.LAYERS]):
-            x = values[activation]
+        for name, layer in names.items():
             if layer:
-                found = quantized_alone(fp32_model, int8_model, layer, values, int8_values)
+                found = outputs_with_errors(fp32_model, int8_model, layer, values, int8_values)
             else:
-                found = dict.fromkeys(("int8", "rounding", "born"), int8_values[activation])
-            for kind, changed in found.items():
-                energies[activation, kind] += energy(changed - x)
-            energies[activation, "signal"] += energy(x)
-            logits = logits_from(fp32_model, activation, found["born"])
-            energies[activation, "logits"] += energy(logits - values["fc2"])
-            to, scale = int8_model.integers[activation], int8_model.scale(activation)
-            histograms[activation] += histogram(x, ((to.high + 0.5) / scale).item())
-            if not int8_model.is_fp32(activation):
-                used = flat(integers[activation]).int() - to.low
-                levels[activation] += torch.bincount(used, minlength=to.high - to.low + 1)
+                found = dict.fromkeys(("int8", "added", "rounding"), int8_values[name])
+            for error, changed in found.items():
+                energies[name, error] += energy(changed - values[name])
+            energies[name, "signal"] += energy(values[name])
+            logits = logits_from(fp32_model, name, found["added"])
+            energies[name, "logits"] += energy(logits - values[script.LOGITS])
+            to, scale = int8_model.integers[name], int8_model.scale(name)
+            histograms[name] += histogram(values[name], ((to.high + 0.5) / scale).item())
+            if not int8_model.is_fp32(name):
+                used = flat(integers[name]).int() - to.low
+                levels[name] += torch.bincount(used, minlength=to.high - to.low + 1)
 
     ledger = []
-    for activation, layer in zip(script.ACTIVATIONS, [None, *script.LAYERS]):
-        sqnr = {kind: script.decibels(energies[activation, "signal"], energies[activation, kind])
-                for kind in ("int8", "inherited", "born", "weights", "biases", "rounding")}
-        sqnr["logits"] = script.decibels(energies["fc2", "signal"], energies[activation, "logits"])
+    for name, layer in names.items():
+        signal = energies[name, "signal"]
+        sqnr = {error: decibels(signal, energies[name, error]) for error in ERRORS}
+        signal = energies[script.LOGITS, "signal"]
+        sqnr["logits"] = decibels(signal, energies[name, "logits"])
         row = {"name": layer.name if layer else "input", "sqnr_db": sqnr,
                "clipped": None, "levels_used": None, "levels": None, "hurts_most": False}
-        if activation in levels:
-            counts, used = histograms[activation], levels[activation]
-            total, kept = counts.sum(), counts[BINS:3 * BINS].sum()
-            row["clipped"] = (total - kept).item() / total.item()
-            row["levels_used"], row["levels"] = int((used > 0).sum()), len(used)
+        if name in levels:
+            counts = histograms[name]
+            total, within = counts.sum().item(), counts[BINS:3 * BINS].sum().item()
+            row |= {"clipped": (total - within) / total, "levels": len(levels[name]),
+                    "levels_used": int((levels[name] > 0).sum())}
         ledger.append(row)
     wrong = [row for row in ledger if row["sqnr_db"]["logits"] is not None]
     if wrong:
@@ -228,30 +223,30 @@ def range_sources(folded, files, maxima, pixels):
     """Where a range comes from: a dict per activation, with the range and the picture that set it.
 
     files, maxima: the calibration pictures and what `calibrate_by_picture` found in them; pixels:
-    the first of them, uint8 (n, 3, h, w). "percentile999" of the magnitudes on `pixels`, to a
-    thousandth of the range. No picture sets the input's range: "file" and "number" are None.
+    the first of them, uint8 (n, 3, h, w). "percentile999" is that of the magnitudes on `pixels`,
+    to a thousandth of the range. No picture sets the input's range: "file" and "number" are None.
     """
-    ranges = {activation: folded.ranges[activation].max().item() for activation in maxima}
-    histograms, rows = Counter(), []
+    ranges = {name: folded.ranges[name].max().item() for name in maxima}
+    histograms, rows = defaultdict(int), []
     for chunk in pixels.split(script.CHUNK):
-        for activation, x in script.activations_of(folded, chunk).items():
-            histograms[activation] += histogram(x.abs(), ranges[activation])
-    for activation, found in maxima.items():
-        shares = histograms[activation].cumsum(0) / histograms[activation].sum()
+        for name, x in script.activations_of(folded, chunk).items():
+            histograms[name] += histogram(x.abs(), ranges[name])
+    for name, found in maxima.items():
+        shares = histograms[name].cumsum(0) / histograms[name].sum()
         upper_edge = (shares < 0.999).sum().item() + 1 - 2 * BINS       # in bins
-        row = {"activation": activation, "range": ranges[activation], "file": None, "number": None,
-               "percentile999": ranges[activation] * min(upper_edge / BINS, 1)}
-        if activation != "input":
-            index = int(found.amax(1).argmax())                 # the first where several are
+        row = {"activation": name, "range": ranges[name], "file": None, "number": None,
+               "percentile999": ranges[name] * min(upper_edge / BINS, 1)}
+        if name != "input":
+            index = int(found.amax(1).argmax())         # the first one where several are equal
             row |= {"file": files[index], "number": index + 1}
         rows.append(row)
     return rows
 
 
 def equalized(folded, recipe):
-    """The FP32 network that is quantized, and {activation: what multiplies each channel, (C,)}.
+    """The FP32 network that is quantized, and {activation: factors (C,) on its channels}.
 
-    The factors are 1 where EQUALIZE has not rescaled.
+    The factors are 1 where cross-layer equalization changes nothing.
     """
     factors = {name: torch.ones_like(folded.ranges[name]) for name in script.ACTIVATIONS}
     if not recipe["EQUALIZE"]:
@@ -271,17 +266,17 @@ def calibration_curve(folded, int8_model, maxima, calibration_pixels, pixels, fp
 
     Each has the activations' "ranges" as shares of the last, and how the INT8 network that so many
     pictures calibrate answers `pixels`: the `figures` against fp32_logits, and "as_last", whether
-    each class is the one of the last. calibration_pixels: the first ones, uint8 (n, 3, h, w);
+    each class is that of the last network. calibration_pixels: the first ones, uint8 (n, 3, h, w);
     int8_model: the network that all of them calibrated.
     """
     total, rows, classes = len(maxima["input"]), [], []
     for count in first_counts(total):
-        part, other = copy.deepcopy(folded), int8_model
+        part, other = copy.copy(folded), int8_model
         if count < total:
-            set_ranges(part, {name: found[:count] for name, found in maxima.items()})
-            seen = calibration_pixels[:count]
-            other = script.quantize_network(part, seen, int8_model.recipe)[1]
-            other.engine = int8_model.engine        # verified with the same widths
+            part.reset_ranges()
+            for name, found in maxima.items():
+                part.update_range(name, found[:count].to(script.DEVICE))
+            other = script.quantize_network(part, calibration_pixels[:count], int8_model.recipe)[1]
         logits = logits_of(other, pixels)
         classes.append(logits.argmax(1))
         whole = {name: folded.ranges[name].max().item() for name in script.ACTIVATIONS}
@@ -296,22 +291,22 @@ def calibration_curve(folded, int8_model, maxima, calibration_pixels, pixels, fp
 
 @torch.inference_mode()
 def spot_to_follow(folded, int8_model, pixels):
-    """(channel, row, column) of an output of cnn1 in the first picture that is worth following.
+    """(channel, row, column) of an output of cnn1 for the first picture that is worth following.
 
-    Of the largest of each 2 x 2, which the pooling keeps, the first that meets most wishes.
+    Of the largest value in each 2 x 2 window, the first one that meets most wishes.
     """
     values, integers = [script.activations_of(model, pixels[:1])["cv1"][0]
                         for model in (folded, int8_model)]
-    kept, where = by_windows(integers.short()).topk(2)                      # (C, h, w, 2)
-    kept, second, where = kept[..., 0], kept[..., 1], where[..., :1]
+    largest, where = by_windows(integers.short()).topk(2)                   # (C, h, w, 2)
+    largest, second, where = largest[..., 0], largest[..., 1], where[..., :1]
     expected = by_windows(values).gather(3, where)[..., 0]
     factor = script.broadcast(equalized(folded, int8_model.recipe)[1]["cv1"], 2)
-    error = (kept - expected * factor * int8_model.scale("cv1")).abs()   # in steps
-    wishes = [factor > 1.1,                         # EQUALIZE has rescaled the channel
-              (kept >= 5) & (kept <= 20),           # so small that the error shows
-              kept - second >= 2,                   # no tie in the pooling
-              (error > 0.25) & (error < 0.5),       # not by luck, and not beyond rounding
-              (kept > 0) & (kept < int8_model.integers["cv1"].high)]        # not clipped
+    error = (largest - expected * factor * int8_model.scale("cv1")).abs()   # in integers
+    wishes = [factor > 1.1,                         # the channel is rescaled
+              (largest >= 5) & (largest <= 20),     # so small that the error shows
+              largest - second >= 2,                # no tie in the pooling
+              (error > 0.25) & (error < 0.5),       # neither lucky nor beyond rounding
+              (largest > 0) & (largest < int8_model.integers["cv1"].high)]  # not clipped
     score = sum(2**i * wish.int() for i, wish in enumerate(wishes))         # the last counts most
     channel, row, column = [int(i) for i in np.unravel_index(int(score.argmax()), score.shape)]
     down, right = divmod(int(where[channel, row, column]), 2)
@@ -319,108 +314,112 @@ def spot_to_follow(folded, int8_model, pixels):
 
 
 def by_windows(maps):
-    """(C, height, width) -> (C, height // 2, width // 2, 4), the four values that pooling sees."""
+    """(C, height, width) -> (C, height // 2, width // 2, 4), the four values that pooling reads."""
     return maps.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
 
 
 @torch.inference_mode()
 def follow(folded, int8_model, pixels, layer, spot):
-    """One output of a layer in the first picture, in FP32 and in integers: a dict of its figures.
+    """One output of a layer for the first picture, in FP32 and in integers: a dict of its figures.
 
-    spot: (channel, row, column), or (channel,) where a layer is fully connected. The FP32 network
-    is the folded one; what EQUALIZE did to the channel, its "factor", is undone on the way back.
-    What it did to the channel that the first product reads, the "input_factor", its weight undoes.
+    spot: (channel, row, column), or (channel,) of a fully connected layer. FP32 is the folded
+    network. Cross-layer equalization multiplies the channel by "factor", which is divided out of
+    "value"; and the first input by "input_factor", by which the first weight is divided.
     """
     values, integers = [script.activations_of(model, pixels[:1]) for model in (folded, int8_model)]
-    part, part8, channel = folded.get_submodule(layer.name), int8_model.get_submodule(layer.name), spot[0]
     x, q, pooled = read_by(layer, values)[0], read_by(layer, integers)[0], None
+    fp32_layer, channel = folded.get_submodule(layer.name), spot[0]
     if layer.is_conv:
-        row, column, size = spot[1], spot[2], part.kernel_size[0]
+        row, column, size = spot[1], spot[2], fp32_layer.kernel_size[0]
         x, q = [maps[:, row:row + size, column:column + size] for maps in (x, q)]
         pooled = by_windows(integers[layer.output][0])[channel, row // 2, column // 2].tolist()
-    weight, weight8 = part.weight[channel], part8.weight[channel]
+    weight = fp32_layer.weight[channel]
     fp32 = {"inputs": x.flatten().tolist(), "weights": weight.flatten().tolist(),
             "sum": (x.double() * weight.double()).sum().item(),
-            "bias": part.bias[channel].item(), "value": values[layer.output][0][spot].item()}
+            "bias": fp32_layer.bias[channel].item(), "value": values[layer.output][0][spot].item()}
 
     fp32_model, factors = equalized(folded, int8_model.recipe)
-    total, bias = (q.long() * weight8.long()).sum(), part8.bias[channel]
-    multiplier, factor = int8_model.multiplier(layer)[channel], factors[layer.output][channel].item()
-    result, rounded = integers[layer.output][0][spot], not int8_model.is_fp32(layer.output)
-    to = int8_model.integers[layer.output]
-    scale_out = int8_model.scale(layer.output).item() if rounded else None
-    int8 = {"inputs": q.flatten().tolist(), "weights": weight8.flatten().tolist(),
-            "sum": total.item(), "bias": bias.item(),
+    int8_layer, factor = int8_model.get_submodule(layer.name), factors[layer.output][channel].item()
+    int8_weight = int8_layer.weight[channel]
+    total = (q.long() * int8_weight.long()).sum()
+    rescale, result = int8_model.int8_layer(layer), integers[layer.output][0][spot]
+    multiplier, offset = rescale.multiplier[channel], rescale.offset[channel]
+    to, scale_out = int8_model.integers[layer.output], None
+    if not int8_model.is_fp32(layer.output):
+        scale_out = int8_model.scale(layer.output).item()
+    int8 = {"inputs": q.flatten().tolist(), "weights": int8_weight.flatten().tolist(),
+            "sum": total.item(), "bias": int8_layer.bias[channel].item(),
             "uncorrected_bias": uncorrected_bias(fp32_model, int8_model, layer)[channel].item(),
             "scale_in": int8_model.scale(layer.input).item(),
-            "scale_weight": part8.w_scale.expand(len(part8.bias))[channel].item(),
+            "scale_weight": int8_layer.w_scale.expand(len(int8_layer.bias))[channel].item(),
             "scale_out": scale_out, "multiplier": multiplier.item(),
-            "unrounded": (total.float() * multiplier + bias * multiplier).item(),
-            "limits": [0 if layer.is_conv else to.low, to.high], "result": result.item()}
+            "unrounded": (total.float() * multiplier + offset).item(),
+            "limits": [to.low, to.high], "result": result.item()}
     value = real(int8_model, layer.output, result).item() / factor
     return {"layer": layer.name, "spot": list(spot), "fp32": fp32, "int8": int8, "factor": factor,
             "input_factor": factors[layer.input][0].item(), "value": value,
-            "error": value - fp32["value"],
-            "step": 1 / scale_out / factor if rounded else None, "pooled": pooled}
+            "error": value - fp32["value"], "pooled": pooled,
+            "step": None if scale_out is None else 1 / scale_out / factor}
 
 
 # The tables, in lines of at most 80 characters
 
-def print_wrapped(text, indent=0):
-    print(textwrap.fill(text, 80, subsequent_indent=" " * indent, break_on_hyphens=False))
-
-
 def print_ledger(ledger, pictures):
     """The table of `error_ledger`."""
-    print(f"\nWhere is the error born? SQNR in dB on {pictures} pictures, the lower the worse\n"
-          "         INT8           born in this layer, all else FP32  at the\n"
-          "layer network inherited   all weights biases rounding  logits  clipped  levels")
-    guilty = ""
+    print(f"\nWhere does the error arise? SQNR in dB on {pictures} pictures: lower is worse.\n"
+          "A layer inherits an error with its input and adds its own: by rounding weights,\n"
+          'biases and outputs. "At logits" is what its own error alone does to the logits.')
+    headings = ("INT8 network", "inherited", "added", "by weights", "by biases", "by rounding")
+    columns = {"layer": [row["name"] for row in ledger]}
+    for heading, error in zip(headings, ERRORS):
+        columns[heading] = [decimal(row["sqnr_db"][error]) for row in ledger]
+    columns["at logits"] = [decimal(row["sqnr_db"]["logits"]) + (
+        "*" if row["hurts_most"] else " ") for row in ledger]
+    rounded = [row["levels"] is not None for row in ledger]
+    columns["clipped"] = [f"{100 * row['clipped']:.2g} %" if is_rounded else "none"
+                          for row, is_rounded in zip(ledger, rounded)]
+    columns["integer levels"] = [f"{row['levels_used']} of {row['levels']}" if is_rounded
+                                 else "FP32" for row, is_rounded in zip(ledger, rounded)]
+    script.print_columns(columns)
     for row in ledger:
-        sqnr = {kind: decimal(value) for kind, value in row["sqnr_db"].items()}
-        clipped = "  none: stay FP32"
-        if row["levels"] is not None:
-            clipped = f"{100 * row['clipped']:>6.2g} % {row['levels_used']:>4}/{row['levels']}"
-        print("{:<6}{int8:>7}{inherited:>10}{born:>6}{weights:>8}{biases:>7}{rounding:>9}"
-              "{logits:>8}".format(row["name"], **sqnr)
-              + ("*" if row["hurts_most"] else " ") + clipped)
         if row["hurts_most"]:
-            guilty = f"* hurts most: quantizing {row['name']} alone changes the logits most"
-    if guilty:
-        print(f"{guilty}.")
-    print("levels: how many of the integer levels occur, of those that there are")
+            print(f"* Quantizing {row['name']} alone changes the logits most.")
 
 
 def print_ranges(sources, pictures):
     """The table of `range_sources`."""
-    print("\nWhere do the ranges come from?\n"
-          f"99.9 %: what so many of the values of {pictures} pictures do not exceed\n"
-          "activation     range     99.9 %  range / that  set by picture")
-    for row in sources:
-        times = row["range"] / max(row["percentile999"], script.SMALLEST)
-        setter = "  none: pixels reach 255"
-        if row["number"]:
-            setter = f"{row['number']:>6} {script.shorten(row['file'], 23)}"
-        print(f"{row['activation']:<10} {row['range']:>9.5g}  {row['percentile999']:>9.4g}  "
-              f"{times:>12.1f}  {setter}")
+    print("\nWhere do the ranges come from? Each is the largest magnitude in all pictures,\n"
+          f"and the file named has it. 99.9 % of the values in the first {pictures} are within\n"
+          '"99.9%"; the ratio is that of the two.')
+    percentiles = [row["percentile999"] for row in sources]
+    ratios = [row["range"] / max(row["percentile999"], script.SMALLEST) for row in sources]
+    script.print_columns({
+        "activation": [row["activation"] for row in sources],
+        "range": [row["range"] for row in sources],
+        "99.9%": [f"{percentile:.4g}" for percentile in percentiles],
+        "ratio": [f"{ratio:.1f}" for ratio in ratios],
+        "picture": [row["number"] or "-" for row in sources],
+        "file": [script.shorten(row["file"], 30) if row["file"] else "pixels reach 255"
+                 for row in sources]})
 
 
 def print_curve(curve, sources, compared):
     """The table of `calibration_curve`."""
-    print("\nHow many calibration pictures are enough? Ranges in % of the last ones;\n"
-          f"same class and logit SQNR of INT8 against FP32, on {compared} pictures\n"
-          f"pictures {' '.join(f'{name:>5}' for name in script.ACTIVATIONS)}  same class  logit SQNR")
-    for row in curve:
-        ranges = " ".join(f"{100 * row['ranges'][name]:>5.1f}" for name in script.ACTIVATIONS)
-        print(f"{row['pictures']:>8} {ranges}  {100 * row['agreement']:>8.2f} %  "
-              f"{script.db(row['sqnr_db']):>10}")
+    print("\nHow many calibration pictures are enough? Ranges in % of the last ones; same\n"
+          f"class in % and logit SQNR in dB of INT8 against FP32, on {compared} pictures")
+    columns = {"pictures": [row["pictures"] for row in curve]}
+    for name in script.ACTIVATIONS:
+        columns[name] = [f"{100 * row['ranges'][name]:.1f}" for row in curve]
+    columns["same class"] = [f"{100 * row['agreement']:.2f}" for row in curve]
+    columns["logit SQNR"] = [decimal(row["sqnr_db"]) for row in curve]
+    script.print_columns(columns)
     last = curve[-1]["pictures"]
     settled = max((i + 1 for i, row in enumerate(curve) if not row["as_last"]), default=0)
     classes = f"from {curve[settled]['pictures']} on no class changes"
     if 0 < settled == len(curve) - 1:
-        classes = f"between {curve[-2]['pictures']} and {last} a class still changed"
+        classes = f"between {curve[-2]['pictures']} and {last} a class still changes"
     grown = max(row["number"] or 0 for row in sources)
-    print(f"after picture {grown} of {last} no range grows; {classes}")
+    print(f"After picture {grown} of {last} no range grows; {classes}.")
     shown = [round(row["sqnr_db"], 1) for row in curve if row["sqnr_db"] is not None]
     if shown != sorted(shown):
         print("More pictures can give fewer dB: a wider range has coarser steps.")
@@ -433,13 +432,14 @@ def products(inputs, weights):
 
 
 def print_line(head, text):
-    print_wrapped(f"  {head:<9}{text}", indent=11)
+    print(textwrap.fill(f"  {head:<9}{text}", 80, subsequent_indent=" " * 11,
+                        break_on_hyphens=False))
 
 
 def print_followed(row):
-    """The figures of `follow`, such that a pocket calculator can check each line.
+    """The figures of `follow`, so that a pocket calculator can check each line.
 
-    Of the products explain.json has all.
+    Of the products, explain.json has all.
     """
     fp32, int8 = row["fp32"], row["int8"]
     spot = ", ".join(f"{name} {i}" for name, i in zip(("channel", "row", "column"), row["spot"]))
@@ -452,24 +452,25 @@ def print_followed(row):
     weight = fp32["weights"][0] * row["factor"] / row["input_factor"] * scale
     bias = fp32["bias"] * row["factor"] * scale
     choice = "" if round(weight) == int8["weights"][0] else " by GPTQ"
-    print(f"\nOne value followed: {row['layer']}'s {spot} (from 0)")
+    print(f"\nOne value followed: {row['layer']}'s {spot}, counted from 0")
     print(f"  picture  {script.shorten(row['file'], 69)}")
     begin, end = products(fp32["inputs"], fp32["weights"])
     print_line("FP32", begin)
     print_line("", f"{end} = {fp32['sum']:.6g}, {len(fp32['inputs'])} products")
-    print_line("", f"bias {fp32['bias']:.6g}; {'ReLU' if row['pooled'] else 'logit'}: "
+    print_line("", f"plus bias {fp32['bias']:.6g}{', then ReLU' * bool(row['pooled'])}: "
                    f"{fp32['value']:.6g}")
     if times:
-        print_line("EQUALIZE", f"multiplies the channel by {row['factor']:.6g}")
+        print_line("scaled", "cross-layer equalization multiplies the channel by "
+                             f"{row['factor']:.6g}")
     if undone:
-        print_line("EQUALIZE", f"multiplies the first input by {row['input_factor']:.6g}, so "
-                               "divides its weight")
-    print_line("weights", f"{fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = "
-                          f"{weight:.5g} became {int8['weights'][0]}{choice}, and so on")
+        print_line("scaled", "cross-layer equalization multiplies the first input by "
+                             f"{row['input_factor']:.6g} and divides its weight by it")
+    print_line("weight", f"{fp32['weights'][0]:.5g}{times}{undone} x scale {scale:.6g} = "
+                         f"{weight:.5g}, quantized to {int8['weights'][0]}{choice}")
     print_line("bias", f"{fp32['bias']:.6g}{times} x {scale:.6g} x {scale_in:.6g} = "
-                       f"{bias * scale_in:.6g} became {int8['uncorrected_bias']}")
+                       f"{bias * scale_in:.6g}, quantized to {int8['uncorrected_bias']}")
     if int8["bias"] != int8["uncorrected_bias"]:
-        print_line("", f"bias correction made it {int8['bias']}")
+        print_line("", f"moved to {int8['bias']} by bias correction")
     print_line("int32", " ".join(products(int8["inputs"], int8["weights"])) + f" = {int8['sum']}")
     print_line("M", f"scale out / (in x weights) = {int8['scale_out'] or 1:.6g} / ({scale_in:.6g} "
                     f"x {scale:.6g}) = {int8['multiplier']:.6g}")
@@ -483,7 +484,7 @@ def print_followed(row):
     print_line("error", f"{row['value']:.6g} - {fp32['value']:.6g} = {row['error']:.4g}"
                         + (f"; a step is {row['step']:.4g}" if row["step"] else ""))
     if row["pooled"]:
-        print_line("pooling", f"keeps {max(row['pooled'])}, the largest of "
+        print_line("pooling", f"{max(row['pooled'])}, the largest of "
                               f"{', '.join(map(str, row['pooled']))}")
 
 
@@ -494,20 +495,24 @@ def notebook_shell():
     return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
-def pictures_to_show(fp32, int8, folder):
-    """Those whose class changed first, the surest of them before; then those nearest to a change.
+def pictures_to_show(fp32, int8):
+    """What `draw_report` takes of two Predictions: those whose class changed, then others.
 
-    fp32, int8: Outcomes on the pictures of `folder`. Returns what `draw_report` takes.
+    Of the former the surest come first, of the latter those nearest to a change. Cats and dogs
+    take turns, so that some of each are shown.
     """
-    margins = (fp32.logits[:, 0] - fp32.logits[:, 1]).abs().numpy()
-    changed = (fp32.classes != int8.classes).numpy()
-    order, shown = np.lexsort((np.where(changed, -margins, margins), ~changed)), []
-    for i in order[:SHOWN].tolist():
-        try:
-            pixels = script.decode(folder / fp32.files[i], script.IMAGE_SIZE)
-        except script.InputError:           # it went away meanwhile
+    highest, second = fp32.logits.topk(2).values.unbind(1)
+    margins, same = (highest - second).tolist(), (fp32.classes == int8.classes).tolist()
+    labels, ranks, turns = fp32.labels.tolist(), Counter(), {}
+    for i in sorted(range(len(labels)), key=lambda i: margins[i] if same[i] else -margins[i]):
+        turns[i] = same[i], ranks[same[i], labels[i]], labels[i]
+        ranks[same[i], labels[i]] += 1
+    shown = []
+    for i in sorted(turns, key=turns.get)[:SHOWN]:
+        pixels = fp32.pictures.decode_file(fp32.files[i])
+        if pixels is None:                  # the file has gone meanwhile
             pixels = np.full((1, 1, 3), 200, np.uint8)
-        shown.append({"file": fp32.files[i], "label": int(fp32.labels[i]), "pixels": pixels,
+        shown.append({"file": fp32.files[i], "label": labels[i], "pixels": pixels,
                       "fp32": fp32.logits[i].tolist(), "int8": int8.logits[i].tolist()})
     return shown
 
@@ -518,11 +523,10 @@ def main():
         cells = shell.user_ns
         vars(script).update({name: cells[name] for name in script.LEGAL if name in cells})
     script.set_constants([word for word in words if word != "--bits"], __doc__)
-
     script.prepare_process()
     constants, recipe = script.read_constants(), script.read_constants(script.LEGAL_RECIPE)
+    print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     output = script.resolve_path(script.OUTPUT_DIR)
-    script.make_writable(output)
     evaluation = calibration = script.CatDogDataset(
         script.resolve_path(script.DATA_DIR, script.EVALUATION_SPLIT))
     if script.CALIBRATION_SPLIT != script.EVALUATION_SPLIT:
@@ -536,18 +540,19 @@ def main():
     calibrated = fp32.files
     if evaluation is not calibration:
         fp32 = script.evaluate("FP32", folded, evaluation)
-    pixels, calibration_pixels = evaluation.first_pixels(script.SAMPLE), calibration.first_pixels(script.SAMPLE)
+    pixels, calibration_pixels = [pictures.first_pixels(script.SAMPLE)
+                                  for pictures in (evaluation, calibration)]
     fp32_model, int8_model = script.quantize_network(folded, calibration_pixels, recipe)
-    script.choose_engine(int8_model, pixels[:script.CHUNK])
-    name = script.name_of(recipe)
-    int8 = script.evaluate(name, int8_model, evaluation)
+    script.choose_engine(int8_model, pixels)
+    int8 = script.evaluate(script.name_of(recipe), int8_model, evaluation)
     report = {"constants": constants, "recipe": recipe, "torch": torch.__version__,
               "images": {"evaluated": len(int8.files), "calibrated": len(calibrated)},
               "engine": int8_model.engine, **script.compare(fp32, int8)}
-    sizes = checkpoint.stat().st_size, len(script.int8_checkpoint(int8_model))
-    report["file_bytes"] = dict(zip(("fp32", "int8"), sizes))
+    report["file_bytes"] = {"fp32": checkpoint.stat().st_size,
+                            "int8": len(script.int8_checkpoint(int8_model))}
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
-          f"{script.db(report['logit_sqnr_db'])}, {len(report['flips'])} pictures changed class")
+          f"{with_unit(report['logit_sqnr_db'])}; "
+          f"{len(report['flips'])} pictures changed their class")
 
     report["ledger"], histograms = error_ledger(fp32_model, int8_model, pixels)
     print_ledger(report["ledger"], len(pixels))
@@ -572,8 +577,7 @@ def main():
         print_grid(report["bits"], len(sweep.pixels))
         print_layer_bits(report["layer_bits"], script.WEIGHT_BIT, len(sweep.pixels))
 
-    shown = pictures_to_show(fp32, int8, evaluation.folder)
-    picture = draw_report(report, histograms, shown)
+    picture = draw_report(report, histograms, pictures_to_show(fp32, int8))
     report_json = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
     script.write_files(output, {"report.png": picture, "explain.json": report_json})
     print(f"\nwrote {script.display_path(output)}/report.png and explain.json")

@@ -1,6 +1,6 @@
-"""--bits of tools/explain.py: INT8 networks with other widths than the recipe's, measured.
+"""The tables of `tools/explain.py --bits`: INT8 networks with other bits than the recipe's.
 
-A table for the widths of all weights and all activations, one for the widths of single layers'
+One table for the bits of all weights and all activations, one for the bits of single layers'
 weights, and the smallest file that is nearly as good as that of 8 bits everywhere.
 """
 import json
@@ -15,54 +15,55 @@ import quantize_catdog as script
 WIDTHS = range(8, 1, -1)    # bits that are tried
 SWEPT = 1000                # evaluation pictures, at most, that each network answers
 SPARED = 1                  # dB that the smallest file may lose against 8 bits everywhere
-COMBINED = 10               # networks, at most, in which several layers are narrower
+COMBINED = 10               # networks, at most, in which several layers have fewer bits
 
 
 # Values of a network
 
 def real(int8_model, activation, integers):
-    """FP32 values that an activation's integers stand for; logits that stay FP32 are these."""
+    """FP32 values that an activation's integers stand for; logits that stay FP32 are returned."""
     fp32 = int8_model.is_fp32(activation)
     return integers if fp32 else integers / int8_model.scale(activation)
 
 
 def read_by(layer, values):
-    """What a layer reads of {activation: values}: pooled behind a convolution, flat before FC1."""
+    """What a layer reads of {activation: values}: pooled after a convolution, flat before FC1."""
     x = values[layer.input]
-    if layer.input.startswith("cv"):
+    if x.dim() == 4 and layer.input != "input":
         x = script.MaxPool2d(2)(x)
     return x if layer.is_conv else x.flatten(1)
 
 
 @torch.inference_mode()
 def logits_of(int8_model, pixels):
-    """FP32 logits (n, 2), on the CPU, of uint8 pixels (n, 3, height, width)."""
+    """FP32 logits (n, classes), on the CPU, of uint8 pixels (n, 3, height, width)."""
     return torch.cat([int8_model(chunk).cpu() for chunk in pixels.split(script.SAMPLE)])
 
 
 def figures(fp32_logits, logits):
-    """The share of answers that are FP32's, and the SQNR in dB of the logits, (n, 2) each."""
+    """The share of answers that equal FP32's, and the SQNR in dB of the logits, (n, classes)."""
     same = (logits.argmax(1) == fp32_logits.argmax(1)).double().mean().item()
     return {"agreement": same, "sqnr_db": script.sqnr_db(fp32_logits, logits)}
 
 
 def sqnr_of(row):
-    """The dB of figures, infinitely many where there is no error."""
+    """The dB of such figures, infinitely many where there is no error."""
     return math.inf if row["sqnr_db"] is None else row["sqnr_db"]
 
 
 # The networks
 
-def first_in(layer_bits):
-    """The number of the first layer that is named in {layer: bits}."""
+def first_layer_of(layer_bits):
+    """The number of the first layer that {layer: bits} names."""
     return [layer.name in layer_bits for layer in script.LAYERS].index(True)
 
 
 class Sweep:
-    """INT8 networks with other widths on top of weights of 8 bits, measured on the same pictures.
+    """INT8 networks that have other bits and are otherwise alike, measured on the same pictures.
 
-    What no width changes is computed once: the equalized FP32 network and its activations on
-    calibration_pixels. folded: calibrated; pixels: uint8 (n, 3, h, w), the first of Predictions fp32's.
+    Whatever the bits, the equalized FP32 network and its activations on calibration_pixels are the
+    same: they are computed once. Weights have 8 bits unless a change says otherwise.
+    folded: calibrated; fp32: Predictions, whose first pictures are pixels, uint8 (n, 3, h, w).
     """
 
     def __init__(self, folded, calibration_pixels, recipe, pixels, fp32):
@@ -71,48 +72,45 @@ class Sweep:
         self.chunks = calibration_pixels.split(script.CHUNK)
         with torch.inference_mode():
             self.values = [script.activations_of(self.fp32_model, chunk) for chunk in self.chunks]
-        self.pixels, self.engines = pixels, {}
+        self.pixels = pixels
         self.logits, self.labels = fp32.logits[:len(pixels)], fp32.labels[:len(pixels)]
         self.networks = len(WIDTHS)**2 + 1 + len(script.LAYERS) * (len(WIDTHS) - 1) + COMBINED
         self.done, self.start = 0, time.perf_counter()
         self.reported = self.start
 
     def progress(self, networks):
-        """Count so many networks as done; a line every two seconds says what is left."""
+        """Count so many networks as done; a line every ten seconds says how long the rest takes."""
         self.done, now = self.done + networks, time.perf_counter()
-        if self.done and now - self.reported >= 2:
+        if self.done and now - self.reported >= 10:
             left = (now - self.start) / self.done * (self.networks - self.done)
             print(f"bits: {self.done:.0f} of {self.networks} networks, {left:.0f} seconds left")
             self.reported = now
 
     @torch.no_grad()
     def quantized(self, changes, base=None):
-        """(INT8_Model with these changes to the recipe, what each layer reads of the calibration).
+        """(INT8_Model with these changes to the recipe, each layer's calibration inputs).
 
-        base: such a pair without changes; what comes before the first layer in LAYER_BITS is its.
+        base: such a pair without changes. Layers before the first one in LAYER_BITS are copied
+        from it.
         """
         int8_model = self.fp32_model.cl_scale(self.recipe | changes)
         inputs, first = [[int8_model.quantize_pixels(chunk) for chunk in self.chunks]], 0
         if base:
-            first = first_in(changes["LAYER_BITS"])
+            first = first_layer_of(changes["LAYER_BITS"])
             inputs = base[1][:first + 1]
         for layer in script.LAYERS[:first]:
-            int8_model.get_submodule(layer.name).load_state_dict(base[0].get_submodule(layer.name).state_dict())
+            copied = base[0].get_submodule(layer.name).state_dict()
+            int8_model.get_submodule(layer.name).load_state_dict(copied)
         for layer in script.LAYERS[first:]:
             expected = [values[layer.output] for values in self.values]
             inputs.append(script.refine_layer(int8_model, self.fp32_model, layer, inputs[-1],
                                               expected))
-        # whether kernels are exact depends on the CPU and the largest integers: the first network
-        # of each BIT has weights of 8 bits, and is verified for all that follow
-        bit = int8_model.recipe["BIT"]
-        if bit not in self.engines:
-            script.choose_engine(int8_model, self.chunks[0])
-        int8_model.engine = self.engines.setdefault(bit, int8_model.engine)
+        script.choose_engine(int8_model)
         self.progress(0.5)
         return int8_model, inputs
 
     def measured(self, int8_model, logits=None):
-        """The `figures` and the Top-1 in % of a network; its logits are FP32 (n, 2)."""
+        """The `figures` and the Top-1 in % of a network; logits: its logits if they are known."""
         if logits is None:
             logits = logits_of(int8_model, self.pixels)
         right = (logits.argmax(1) == self.labels).double().mean().item()
@@ -133,28 +131,28 @@ class Sweep:
 
     @torch.inference_mode()
     def logits_beyond(self, base, networks):
-        """{key: FP32 logits (n, 2)} of {key: INT8_Model with one narrower layer}.
+        """{key: FP32 logits (n, classes)} of {key: INT8_Model with fewer bits in one layer}.
 
-        Up to this layer all compute what base, an INT8_Model, does: that is computed once.
+        Before this layer all compute what base, an INT8_Model, does: that is computed once.
         """
         logits = {key: [] for key in networks}
         for chunk in self.pixels.split(script.CHUNK):
             values = script.activations_of(base, chunk)
             for key, model in networks.items():
-                x, run = values, model.layers()
-                for layer in script.LAYERS[first_in(model.recipe["LAYER_BITS"]):]:
-                    x = {layer.output: run[layer.name](read_by(layer, x))}
-                logits[key].append(real(model, "fc2", x["fc2"]).cpu())
+                x = values
+                for layer in script.LAYERS[first_layer_of(model.recipe["LAYER_BITS"]):]:
+                    x = {layer.output: model.run[layer.name](read_by(layer, x))}
+                logits[key].append(real(model, script.LOGITS, x[script.LOGITS]).cpu())
             self.progress(0)
         return {key: torch.cat(found) for key, found in logits.items()}
 
     def layer_bits(self):
         """What each layer's weights can spare, a dict.
 
-        "layers": a dict per layer, with a cell of figures per width that it alone has, all others
-        having 8 bits; "combined": figures of networks in which several layers are narrower;
-        "smallest": of all these the one that has the smallest file and loses at most "spared_db"
-        against 8 bits everywhere.
+        "layers": a dict per layer, with a cell of figures per number of bits that it alone has,
+        all others having 8; "combined": figures of networks in which several layers have fewer
+        bits; "smallest": of all these the one with the smallest file that loses at most
+        "spared_db" against 8 bits everywhere.
         """
         def measure(int8_model, logits=None):
             bits, size = int8_model.recipe["LAYER_BITS"], len(script.int8_checkpoint(int8_model))
@@ -173,8 +171,8 @@ class Sweep:
         alone = {name: {bit: rows[((name, bit),) * (bit < 8)] for bit in WIDTHS} for name in names}
         size = {(name, bit): alone[name][bit]["file_bytes"] for name in names for bit in WIDTHS}
 
-        # Greedy: the layer whose next width saves most bytes is tried first. If the network as a
-        # whole still is good it stays so, else no narrower width of this layer is tried
+        # Greedy: the layer whose next bit saves most bytes is tried first. If the whole network
+        # still is good, the layer gives up that bit; else no fewer bits of this layer are tried
         widths, left = dict.fromkeys(names, 8), {name: list(WIDTHS[1:]) for name in names}
         most = len(rows) + COMBINED
         while any(left.values()) and len(rows) < most:
@@ -199,7 +197,13 @@ class Sweep:
 # The tables, in lines of at most 80 characters
 
 def decimal(value):
+    """An SQNR in dB with one decimal, or "exact" where there is no error."""
     return "exact" if value is None else f"{round(value, 1) + 0:.1f}"      # + 0: no -0.0
+
+
+def with_unit(value):
+    """The same for a sentence, with the unit."""
+    return decimal(value) if value is None else f"{decimal(value)} dB"
 
 
 def print_cells(head, cells, last=""):
@@ -210,27 +214,27 @@ def print_cells(head, cells, last=""):
 
 def print_grid(grid, pictures):
     """The table of `Sweep.grid`."""
-    print(f"\nHow many bits? On {pictures} pictures; W8: weights of 8 bits, A8: activations of 8\n"
-          "Same class in % and, below it, logit SQNR in dB\n       "
-          + "".join(f"A{cell['BIT']}".rjust(8) for cell in grid[0]["cells"]) + "   bytes of file")
+    print(f"\nHow many bits are enough? On {pictures} pictures; W8: weights of 8 bits, A8: "
+          "activations\nof 8 bits. Same class in % and, below it, logit SQNR in dB\n       "
+          + "".join(f"A{cell['BIT']}".rjust(8) for cell in grid[0]["cells"]) + "      file bytes")
     for row in grid:
         print_cells(f"W{row['WEIGHT_BIT']}", row["cells"], f"{row['file_bytes']:>16,}")
 
 
 def print_layer_bits(found, weight_bit, pictures):
     """The table of `Sweep.layer_bits`, and the setting to paste where WEIGHT_BIT is weight_bit."""
-    print("\nWhat can each layer spare? Its weights have so many bits, all others 8. Same\n"
-          f"class in %, logit SQNR in dB, bytes of file, on {pictures} pictures\nlayer  "
+    print("\nWhat can each layer spare? Its weights have so many bits, all others have 8. Same\n"
+          f"class in %, logit SQNR in dB and file bytes, on {pictures} pictures\nlayer  "
           + "".join(f"{cell['bit']:>8}" for cell in found["layers"][0]["cells"]))
     for row in found["layers"]:
         print_cells(row["name"], row["cells"])
         print(" " * 7 + "".join(f"{cell['file_bytes']:>8,}" for cell in row["cells"]))
     smallest, base = found["smallest"], found["layers"][0]["cells"][0]
     print(textwrap.fill(
-        f"Of these networks, and of {len(found['combined'])} with several narrower layers, this "
-        f"one has the smallest file that loses at most {found['spared_db']} dB against 8 bits "
-        f"everywhere: {smallest['file_bytes']:,} instead of {base['file_bytes']:,} bytes, at "
-        f"{script.db(smallest['sqnr_db'])} instead of {script.db(base['sqnr_db'])}.", 80))
+        f"Of these networks, and of {len(found['combined'])} in which several layers have fewer "
+        f"bits, this one has the smallest file that loses at most {found['spared_db']} dB against "
+        f"8 bits everywhere: {smallest['file_bytes']:,} instead of {base['file_bytes']:,} bytes, "
+        f"at {with_unit(smallest['sqnr_db'])} instead of {with_unit(base['sqnr_db'])}.", 80))
     if weight_bit != 8:
         print("WEIGHT_BIT = 8")
     print(f"LAYER_BITS = {json.dumps(smallest['LAYER_BITS'])}")

@@ -158,7 +158,8 @@ def unknown_name(name, known):
     wanted = name.strip("-").replace("-", "_").upper()
     in_capitals = {each.upper(): each for each in known}
     near = difflib.get_close_matches(wanted, in_capitals, 1)
-    hint = f"did you mean {in_capitals[near[0]]}?" if near else "LEGAL has no row for it (see --help)"
+    hint = f"did you mean {in_capitals[near[0]]}?" if near else (
+        "LEGAL has no row for it (see --help)")
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -316,10 +317,10 @@ class CatDogDataset(Dataset):
         def cannot_list(error):
             self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
 
-        for place, folders, files in os.walk(self.folder, onerror=cannot_list):
+        for folder, folders, files in os.walk(self.folder, onerror=cannot_list):
             folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
             for file in files:
-                yield os.path.relpath(os.path.join(place, file), self.folder)
+                yield os.path.relpath(os.path.join(folder, file), self.folder)
 
     @staticmethod
     def numbers_first(file):
@@ -387,7 +388,7 @@ class CatDogDataset(Dataset):
         return self.collate_fn(items[:count])[0].to(DEVICE)
 
     def checksum(self):
-        """CRC-32 of the labels and the bytes of the usable files in their order; names do not count."""
+        """CRC-32 of the labels and the bytes of the usable files, in order; names do not count."""
         crc = 0
         for file, label in self.usable():
             content = (self.folder / file).read_bytes()

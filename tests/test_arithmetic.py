@@ -582,8 +582,8 @@ def test_two_threads_on_a_fresh_network(calibrated, monkeypatch):
     logits, preparing = run(int8, PIXELS)[1], threading.Event()
 
     class Slow(script.INT8Layer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
             if not preparing.is_set():
                 preparing.set()
                 time.sleep(0.2)
@@ -798,8 +798,8 @@ def test_weights_that_overflow_are_refused(layer, methods):
 def test_biases_are_clipped_to_the_integer_that_fp32_cannot_hold():
     """Those that are quantized, and those that bias correction would move beyond int32."""
     recipe = as_constants(default()._replace(bias_bit=28))
-    bias = script.weight_quant(torch.full((2, 4), 1e-9), torch.tensor([0.5, -0.5]), torch.tensor(1.0), 8, recipe)[1]
-    assert bias.tolist() == [2**27 - 1, 1 - 2**27]
+    _, bias, w_scale = script.weight_quant(torch.full((2, 4), 1e-9), torch.tensor([0.5, -0.5]), 1, 8, recipe)
+    assert bias.tolist() == [2**27 - 1, 1 - 2**27] and w_scale.tolist() == pytest.approx([127e9] * 2)
     folded = observed(STATE, PIXELS)
     int8 = folded.cl_scale(as_constants(default(), "BIAS_CORRECTION"))
     folded.fc2.bias.data.copy_(torch.tensor([1e15, -1e15]))

@@ -163,13 +163,10 @@ class CatDogDataset:
         assert self.files == ["cat.0.jpg", "dog.0.jpg"]
     def __len__(self):
         return 2
-    def __getitem__(self, index):
-        time.sleep(0.05)
-        return self.files[index]
-    def collate_fn(self, items):
+    def first_pixels(self, count):
         import torch
-        assert len(items) == 1
-        return torch.zeros(1), None
+        time.sleep(0.05 * count)
+        return torch.zeros(count)
 
 if __name__ == "__main__":
     time.sleep(0.5)
@@ -315,9 +312,10 @@ def test_pictures_and_labels_of_a_folder(tmp_path):
     for i, name in enumerate(("cat.0", "dog.0", "cat.1")):
         expected = script.decode(ROOT / "cat_dog" / "val" / f"{name}.jpg", (224, 224))
         np.testing.assert_array_equal(pixels[i].permute(1, 2, 0), expected)
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cat.0.jpg").write_bytes(b"no picture")
     with pytest.raises(script.InputError, match="no usable picture"):
-        compare_engines.pixels_and_labels(tmp_path / "empty")
+        compare_engines.pixels_and_labels(tmp_path / "broken")
 
 
 def test_table_of_engines(capsys):

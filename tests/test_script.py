@@ -1222,16 +1222,18 @@ print(*sorted(name for name, value in process().items() if value != before[name]
 if sys.platform == "linux" and hasattr(load(None), "mallopt"):
     import resource
     load(None).prctl(41, 1, 0, 0, 0)        # no huge pages, of which a buffer has few
-    for _ in range(3):
+    network, pixels = quantize_catdog.CNN_Model().fused(), torch.zeros(20, 3, 224, 224)
+    for _ in range(6):
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)
+        with torch.inference_mode():
+            network(pixels)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    assert faults < 2**24 * 4 / resource.getpagesize() / 10, faults
+    assert faults < 1000, faults            # 30,000 where each layer's pages are mapped again
 """
 
 
 def test_importing_changes_nothing_in_the_process():
-    """Nor does it print. What the run changes is in one function; memory that is freed and taken again is one of it."""
+    """Nor does it print. What the run changes is in one function, with which passes use the memory of those before."""
     done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     changed = ["allow_tf32", *["libraries"] * (sys.platform == "linux"), "pixels", "stdout", "warnings"]

@@ -11,10 +11,10 @@ FILES = ["quantize_catdog.py", "README.md", "docs/results.md", "training/README.
 # a pattern, and what is written for it; contexts in which the word has another use are not matched
 WORDS = {
     r"\bplaces?\b(?! (of|where|in)\b)(?<!in place)(?<!decimal places)": "activation",
-    r"\bPLACES\b|\bplace_\w+|\w+_place\b": "activation",
+    r"\bPLACES\b|\bplace_\w+|\w+(?<!\bin)_place\b": "activation",
     r"by the definition|\bthe definition('s)?\b(?! of the network)": "reference",
     r"\b(prove[sdn]?|proven|proofs?)\b": "verify, check",
-    r"\bwalks?\b": "pass",
+    r"(?<!os\.)\bwalks?\b": "pass",
     r"\bcodes\b": "integer levels",
     r"\bmoments\b": "Hessian",
     r"\bwhat leaves (it|a|the)\b": "output",

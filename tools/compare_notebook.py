@@ -136,23 +136,21 @@ def parts_alone(folder):
     """
     sys.path.insert(0, str(folder))
     import torch
-    from torch.utils.data import DataLoader
 
     import quantize_catdog as script
     script.prepare_process()
     start = time.perf_counter()
     pictures = script.CatDogDataset(folder / "cat_dog" / "val")
-    loader = DataLoader(pictures, script.BATCH_SIZE, collate_fn=pictures.collate_fn)
-    batches = [pixels for pixels, _ in loader if len(pixels)]
+    batches = pictures.first_pixels(len(pictures)).split(script.BATCH_SIZE)
     seconds = [time.perf_counter() - start]
     fp32 = script.load_checkpoint(folder / CHECKPOINT).fused()
     int8 = script.INT8_Model.load(folder / "results" / "INT8_checkpoint.pth.tar")
-    script.choose_engine(int8, batches[0].to(script.DEVICE))
+    script.choose_engine(int8, batches[0])
     with torch.inference_mode():
         for network in (fp32, int8):
             start = time.perf_counter()
             for pixels in batches:
-                network(pixels.to(script.DEVICE)).cpu()     # .cpu() waits for a GPU
+                network(pixels).cpu()           # .cpu() waits for a GPU
             seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -167,9 +167,9 @@ def draw_report(report, histograms, pictures):
                 f"pictures; Top-1 {report['fp32']['top1']:.2f} -> {report['int8']['top1']:.2f} %; "
                 f"logit SQNR {with_unit(report['logit_sqnr_db'])}; "
                 f"file {sizes['fp32'] / sizes['int8']:.1f} times smaller", fontsize=15)
+    widened = " and ".join(script.FC_INPUTS)
     figure.text(y=1 - 0.765 / height, s="Activations: shares of the FP32 values; beyond the dashed "
-                f"range they are clipped (HEADROOM multiplies {' and '.join(script.FC_INPUTS)}'s)",
-                **heading)
+                f"range they are clipped (HEADROOM multiplies that of {widened})", **heading)
     ratios = [1, 1.3, 1.3, 0.8] if with_bits else [1, 1.3, 0.8]
     rows = figure.add_gridspec(len(ratios), 1, left=0.05, right=0.985, top=1 - 1.125 / height,
                                bottom=0.72 / height, hspace=0.5, height_ratios=ratios)
@@ -182,7 +182,7 @@ def draw_report(report, histograms, pictures):
         middle = rows[2].subgridspec(1, 2, wspace=0.4)
         draw_layer_bits(figure, middle[0], report["layer_bits"])
         draw_bits(figure, middle[1].subgridspec(1, 2, width_ratios=[8, 1])[0], report["bits"])
-    changed = "Pictures whose class changed, in red; then" if flips else "No class changed;"
+    changed = "Pictures whose class changed, in red; then the" if flips else "No class changed; the"
     classes = " and ".join(f"{each}s" for each in script.CLASSES)
     figure.text(y=2.34 / height, s=f"{changed} {classes} with the smallest FP32 margin", **heading)
     draw_pictures(figure, rows[-1].subgridspec(1, SHOWN, wspace=0.1), pictures, name)

@@ -12,9 +12,9 @@ Quantizes the network as quantize_catdog.py does with the same constants, and sh
   activations, and for each layer's weights alone: some 90 networks;
 - which answers changed.
 
-results/explain.json has the figures of the tables, results/report.png draws them;
-no other file is written. In a notebook, `%run tools/explain.py` uses the constants
-of the notebook's cells and shows the picture below its own cell.
+results/explain.json has the figures of the tables, results/report.png draws
+them; no other file is written. In a notebook, `%run tools/explain.py` uses the
+constants of the notebook's cells and shows the picture below its own cell.
 """
 import sys
 
@@ -419,7 +419,7 @@ def print_curve(curve, sources, compared):
     if 0 < settled == len(curve) - 1:
         classes = f"between {curve[-2]['pictures']} and {last} a class still changes"
     grown = max(row["number"] or 0 for row in sources)
-    print(f"After picture {grown} of {last} no range grows; {classes}.")
+    print(textwrap.fill(f"After picture {grown} of {last} no range grows; {classes}.", 80))
     shown = [round(row["sqnr_db"], 1) for row in curve if row["sqnr_db"] is not None]
     if shown != sorted(shown):
         print("More pictures can give fewer dB: a wider range has coarser steps.")

@@ -214,8 +214,8 @@ def print_cells(head, cells, last=""):
 
 def print_grid(grid, pictures):
     """The table of `Sweep.grid`."""
-    print(f"\nHow many bits are enough? On {pictures} pictures; W8: weights of 8 bits, A8: "
-          "activations\nof 8 bits. Same class in % and, below it, logit SQNR in dB\n       "
+    print("\nHow many bits are enough? W8: weights of 8 bits, A8: activations of 8 bits. Same\n"
+          f"class in % and, below it, logit SQNR in dB, on {pictures} pictures\n       "
           + "".join(f"A{cell['BIT']}".rjust(8) for cell in grid[0]["cells"]) + "      file bytes")
     for row in grid:
         print_cells(f"W{row['WEIGHT_BIT']}", row["cells"], f"{row['file_bytes']:>16,}")
@@ -223,7 +223,7 @@ def print_grid(grid, pictures):
 
 def print_layer_bits(found, weight_bit, pictures):
     """The table of `Sweep.layer_bits`, and the setting to paste where WEIGHT_BIT is weight_bit."""
-    print("\nWhat can each layer spare? Its weights have so many bits, all others have 8. Same\n"
+    print("\nWhat can each layer spare? Its weights have so many bits, all others 8. Same\n"
           f"class in %, logit SQNR in dB and file bytes, on {pictures} pictures\nlayer  "
           + "".join(f"{cell['bit']:>8}" for cell in found["layers"][0]["cells"]))
     for row in found["layers"]:

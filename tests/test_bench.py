@@ -561,14 +561,13 @@ def hints(calibrated=20, evaluated=100, interval=(85.0, 95.0), sqnr=30.0, recipe
     return script.hints(report, folded, int8)
 
 
-FEW = "Only 19 calibration pictures: other pictures may exceed their ranges. 20 or more are better."
-SILENT = "Channels that were never active in calibration: 2 of 8 in cv4, 1 of 512 in fc1."
-NOISY = "Logit SQNR is below 20 dB: python tools/explain.py shows where the error arises."
-STRONG = f"{NOISY} cv2's strongest channel is 120 times its median one, and all share one scale."
-CLIPPED = "BIAS_BIT = 16 clips biases (2 of 32 in cnn2, 1 of 2 in fc2): more bits avoid it."
-WORSE = ("FP32 Top-1 of 90.0 % is worse than guessing: do the labels in the files' names belong to other classes than "
-         "the weights were trained on?")
-NEAR = ("FP32 Top-1 of 90.0 % is near guessing: were the weights trained on pixels from 0 to 255, and on these labels?")
+# each hint as a pattern
+FEW = "Only 19 calibration pictures: "
+SILENT = r"Channels that were never active in calibration: 2 of 8 in cv4, 1 of 512 in fc1\.$"
+NOISY = r"Logit SQNR is below 20 dB: python tools/explain.py [^.]*\.$"
+STRONG = r"Logit SQNR is below 20 dB: .* cv2's strongest channel is 120 times its median one, "
+CLIPPED = r"BIAS_BIT = 16 clips biases \(2 of 32 in cnn2, 1 of 2 in fc2\): "
+WORSE, NEAR = [f"FP32 Top-1 of 90.0 % is {words}: " for words in ("worse than guessing", "near guessing")]
 CLIPS = dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32767, 5, -32767], "fc2": [-32767]})
 
 
@@ -580,11 +579,10 @@ CLIPS = dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32767, 5, -32767], "fc2":
     (dict(sqnr=5.0, ranges={"cv2": [99.0]}), [NOISY]), (dict(sqnr=5.0, ranges={"fc2": [5e3], "input": [5e3]}), [NOISY]),
     (dict(sqnr=5.0, ranges={"cv1": [110.0], "cv2": [120.0], "cv3": [115.0]}), [STRONG]),
     (dict(sqnr=5.0, ranges={"cv4": [0, 0, 0, 0, 0, 100.0]}), [
-        f"{NOISY} cv4's strongest channel is 100 times its median one, and all share one scale.",
-        "Channels that were never active in calibration: 5 of 8 in cv4."]),
+        STRONG.replace("cv2", "cv4").replace("120", "100"), r"Channels .* calibration: 5 of 8 in cv4\.$"]),
     (CLIPS, [CLIPPED]), (CLIPS | dict(recipe={"BIAS_BIT": 32}), []),
     (dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32766, -32766]}), []),
-    (dict(biases={"fc1": [2**31 - 1]}), ["BIAS_BIT = 32 clips biases (1 of 512 in fc1): more bits avoid it."]),
+    (dict(biases={"fc1": [2**31 - 1]}), [r"BIAS_BIT = 32 clips biases \(1 of 512 in fc1\): "]),
     (dict(interval=(10.0, 49.9)), [WORSE]), (dict(interval=(10.0, 49.9), evaluated=5), [WORSE]),
     (dict(interval=(10.0, 50.0)), [NEAR]), (dict(interval=(49.9, 70.0), evaluated=20), [NEAR]),
     (dict(interval=(49.9, 70.0), evaluated=19), []), (dict(interval=(50.0, 70.0)), []),
@@ -594,7 +592,8 @@ CLIPS = dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32767, 5, -32767], "fc2":
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "")
 def test_hints(planted, expected):
     """Each where it applies, and nowhere else; at most three, the gravest first."""
-    assert hints(**planted) == expected
+    found = hints(**planted)
+    assert len(found) == len(expected) and all(map(re.match, expected, found)), found
 
 
 def test_hints_of_runs(usual, place, state):
@@ -607,13 +606,12 @@ def test_hints_of_runs(usual, place, state):
     folded = loaded(state).fused()
     script.calibrate(folded, script.CatDogDataset(place.train))
     silent = where({name: folded.ranges[name] == 0 for name in ACTIVATIONS})
-    assert silent and of(usual[2]) == (
-        f"Hint: Channels that were never active in calibration: {silent}. Hint: Only 6 calibration pictures: other "
-        "pictures may exceed their ranges. 20 or more are better.")
+    assert silent and of(usual[2]).startswith(
+        f"Hint: Channels that were never active in calibration: {silent}. Hint: Only 6 calibration pictures: ")
     _, out = place.report("plain", "BIAS_BIT=9")
     tensors = torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
     clipped = where({name[:-5]: value.abs() == 255 for name, value in tensors.items() if name.endswith(".bias")})
-    assert clipped and f"Hint: BIAS_BIT = 9 clips biases ({clipped}): more bits avoid it." in of(out)
+    assert clipped and f"Hint: BIAS_BIT = 9 clips biases ({clipped}): " in of(out)
     assert max(len(line) for line in out.splitlines() if "): BatchNorm" not in line and "MaxPool" not in line) <= 80
 
 

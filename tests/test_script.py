@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
             passes.append((type(module).__name__, checksum(inputs[0])))
     hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        report, out = place.report("BIT=5", "WEIGHT_BIT=3")
+        report, out = place.report("BIT=4", "WEIGHT_BIT=3")
     finally:
         hook.remove()
     return place, report, out, passes
@@ -91,7 +91,7 @@ def test_file_and_report_are_those_of_direct_calls(whole):
     """The INT8 network to the last byte, the report to the last figure, but for times."""
     place, report, _, _ = whole
     calibration, evaluation = script.CatDogDataset(place.train), script.CatDogDataset(place.val)
-    recipe = script.read_constants(script.LEGAL_RECIPE) | {"BIT": 5, "WEIGHT_BIT": 3}
+    recipe = script.read_constants(script.LEGAL_RECIPE) | {"BIT": 4, "WEIGHT_BIT": 3}
     folded = script.load_checkpoint(place.checkpoint).fused()
     assert len(script.calibrate(folded, calibration).files) == 26
     fp32 = script.evaluate("FP32", folded, evaluation)
@@ -117,7 +117,7 @@ def test_file_and_report_are_those_of_direct_calls(whole):
 def test_run_is_the_oracles(whole, state):
     """Scales and weights follow from the FP32 weights; answers and their comparison from the integers in the file."""
     place, report, out, _ = whole
-    recipe, weights = default(5, 3), {name: value.numpy() for name, value in state.items()}
+    recipe, weights = default(4, 3), {name: value.numpy() for name, value in state.items()}
     names = [f"{kind}.{i}.jpg" for i in range(20) for kind in ("cat", "dog")]
     evaluated, calibrating = [np.stack([np.asarray(Image.open(split / name).resize(SIZE)) for name in files]).transpose(
         0, 3, 1, 2) for split, files in ((place.val, names), (place.train, names[:26]))]
@@ -150,10 +150,9 @@ def test_run_is_the_oracles(whole, state):
               "largest weight scale": [integers[name][2].max() for name in LAYERS],
               "bits of sum": [int(oracle.largest_totals(recipe, name, integers).max()).bit_length()
                               for name in LAYERS]}
-    assert list(report["layers"]) == list(layers)
-    for heading, column in layers.items():
-        assert report["layers"][heading] == [
-            cell if isinstance(cell, (str, int)) else pytest.approx(float(cell), rel=1e-6) for cell in column], heading
+    assert report["layers"] == {heading: [
+        cell if isinstance(cell, (str, int)) else pytest.approx(float(cell), rel=1e-6) for cell in column]
+        for heading, column in layers.items()}
 
     labels = np.array([0, 1] * 20)
     logits = [oracle.forward(weights, evaluated)["fc2"], oracle.int8_pass(recipe, evaluated, scales, integers)[2]]
@@ -165,7 +164,7 @@ def test_run_is_the_oracles(whole, state):
                                              for label in (0, 1)]
     flips = (classes[0] != classes[1]).nonzero()[0]
     corrected, broken = [int((each[flips] == labels[flips]).sum()) for each in reversed(classes)]
-    assert corrected + broken == len(flips) and min(corrected, broken) > 0
+    assert corrected + broken == len(flips) and broken > corrected > 0
     assert [(flip["file"], flip["label"], flip["effect"]) for flip in report["flips"]] == [
         (names[i], names[i][:3], "corrected" if classes[1][i] == labels[i] else "broken") for i in flips]
     for i, flip in zip(flips, report["flips"]):
@@ -177,11 +176,11 @@ def test_run_is_the_oracles(whole, state):
     noise = ((logits[0] - logits[1])**2).sum()
     assert report["logit_sqnr_db"] == pytest.approx(10 * math.log10((logits[0]**2).sum() / noise), rel=1e-4)
 
-    tops = [(calibrated["fc2"].argmax(1) == labels[:26]).mean(), *[(each == labels).mean() for each in classes]]
+    top1 = [(calibrated["fc2"].argmax(1) == labels[:26]).mean(), *[(each == labels).mean() for each in classes]]
     lines = re.findall(r"(?m)^(.*) Top1: ([\d.]+), (\d+) of \3 pictures of (.*)$", out)
     assert [(name, count, split) for name, _, count, split in lines] == [
-        ("FP32", "26", "cat_dog/train"), ("FP32", "40", "cat_dog/val"), ("W3A5", "40", "cat_dog/val")]
-    np.testing.assert_allclose([float(line[1]) for line in lines], 100 * np.array(tops), atol=1e-3)
+        ("FP32", "26", "cat_dog/train"), ("FP32", "40", "cat_dog/val"), ("W3A4", "40", "cat_dog/val")]
+    np.testing.assert_allclose([float(line[1]) for line in lines], 100 * np.array(top1), atol=1e-3)
     printed = re.findall(r"(?m)^range_(\w+) +([\d.]+)$", out)
     np.testing.assert_allclose([float(value) for _, value in printed], [ranges[name].max() for name, _ in printed],
                                rtol=1e-4)
@@ -601,15 +600,6 @@ def test_picture_is_turned_as_its_exif_says(tmp_path):
         assert np.array_equal(np.asarray(image), before)    # the caller's picture is not turned
 
 
-@pytest.mark.parametrize("missing", ["np", "decode"])
-def test_mistakes_of_our_own_are_named(monkeypatch, missing):
-    """A name that does not exist ends the pass, whether it could be taken for a broken picture or not."""
-    pictures = script.CatDogDataset(PICTURES)
-    monkeypatch.delattr(script, missing)
-    with pytest.raises((NameError, script.InputError), match=f"NameError.*'{missing}'|^name '{missing}'"):
-        script.evaluate("", torch.nn.Identity(), pictures)
-
-
 def test_unusable_files_are_left_out_and_named(place, usual):
     jpeg = (PICTURES / "cat.9.jpg").read_bytes()
     bad = {"cat.9.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "dog.9.jpg": (b"no picture", "identify"),
@@ -812,10 +802,11 @@ int8_file = file.getvalue()
     rerun.refuse("results/INT8_checkpoint.pth.tar", "INT8 network", "set CHECKPOINT to FP32 weights", "INT8_Model.load",
                  CHECKPOINT="results/INT8_checkpoint.pth.tar")
     torch.save({"model": beyond_fp32(state)}, rerun.checkpoint)
-    assert "<_io" not in rerun.refuse("fc1")
+    overflow = rerun.refuse("fc1")
     rerun.checkpoint.unlink()
     rerun.refuse("no checkpoint", "BEST_checkpoint.pth.tar", "CHECKPOINT")
-    assert set(rerun.files()) == RESULTS
+    assert set(rerun.files()) == RESULTS and "BytesIO" not in overflow
+    assert overflow.count("checkpoint") == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space"), OSError(30, "Read-only")], ids=str)
@@ -883,12 +874,12 @@ def test_weights_alone_are_enough(tmp_path, state):
 def test_values_that_overflow_end_the_run(place, state):
     """In the calibration pictures; and in others, where the calibration picture is black."""
     torch.save({"model": {**state, "cnn1.weight": torch.full((16, 3, 5, 5), 1e38)}}, place.checkpoint)
-    place.refuse("give a checkpoint with smaller weights")
+    place.refuse("give a checkpoint with")
     black = place.folder / "cat_dog" / "black"
     black.mkdir()
     Image.new("RGB", (224, 224)).save(black / "cat.0.jpg")
     torch.save({"model": {**state, "fc2.weight": state["fc2.weight"] * 1.2e38}}, place.checkpoint)
-    place.refuse("give a checkpoint with smaller weights", CALIBRATION_SPLIT="black")
+    place.refuse("give a checkpoint with", CALIBRATION_SPLIT="black")
 
 
 def test_calibrating_again_forgets_the_pictures_before(state):
@@ -1168,10 +1159,14 @@ def test_loop_over_pictures_lives_on_at_broken_ones(model, tmp_path):
 
 
 def test_copy_of_a_model_is_another(usual, model):
-    """It answers the same, and its weights are its own. So does one that is loaded as programs do that only answer."""
+    """It answers the same, and its weights and its recipe are its own. So is one that is loaded in inference mode."""
     picture = PICTURES / "cat.0.jpg"
     answer, other = model.predict(picture), copy.deepcopy(model)
     assert other.predict(picture) == answer and other.engine == model.engine
+    recipe = copy.deepcopy(model.recipe)
+    empty = script.INT8_Model(recipe)
+    recipe["LAYER_BITS"]["fc1"] = 2
+    assert empty.recipe == model.recipe
     other.cnn1.weight.zero_()
     assert other.prepare(model.engine).predict(picture) != answer == model.predict(picture)
     with torch.inference_mode():
@@ -1267,10 +1262,7 @@ def test_the_methods_pay(tmp_path, state):
         recipe = script.read_constants(script.LEGAL_RECIPE) | constants
         fp32_model, int8 = script.quantize_network(folded, pixels, recipe)
         sqnr[name] = script.compare(fp32, script.evaluate("INT8", int8, evaluation))["logit_sqnr_db"]
-        nearest = fp32_model.cl_scale(recipe)
         assert (fp32_model is not folded) == (name == "all")                        # equalized
-        for key in ("cnn1.weight", "fc2.bias"):                                     # by GPTQ, by bias correction
-            assert torch.equal(int8.state_dict()[key], nearest.state_dict()[key]) == (name != "all")
     assert sqnr["none"] + 0.5 < sqnr["HEADROOM"] and sqnr["none"] + 3 < sqnr["all"]
 
 

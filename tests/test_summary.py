@@ -44,20 +44,20 @@ def test_a_tie_is_a_cat(capsys):
 
 
 def test_planted_flips():
-    """Of five pictures the second turns right and the fourth wrong."""
+    """Of five pictures the second and the third turn right and the fourth wrong."""
     pictures = Pictures(torch.zeros(5, 3, 2, 2), [0, 0, 1, 1, 1])
     fp32, int8 = [predictions(pictures, torch.tensor(logits)) for logits in (
-        [[2.0, 0], [0.0, 0.5], [0, 1], [0.25, 1], [3, 1]], [[2.0, 0], [0.6, 0.5], [0, 1], [1.25, 1], [3, 2]])]
+        [[2.0, 0], [0, 0.5], [1, 0], [0.25, 1], [3, 1]], [[2.0, 0], [0.75, 0.5], [0, 1], [1.25, 1], [3, 2]])]
     found = script.compare(fp32, int8)
-    logits = [([0.0, 0.5], pytest.approx([0.6, 0.5])), ([0.25, 1], [1.25, 1])]
-    assert found["flips"] == [
-        {"file": file, "label": label, "effect": effect, "fp32_margin": margin, "fp32_logits": before,
-         "int8_logits": after} for file, label, effect, margin, (before, after) in zip(
-            ["cat.1.jpg", "cat.3.jpg"], ["cat", "dog"], ["corrected", "broken"], [0.5, 0.75], logits)]
-    assert found["agreement"] == 0.6 and found["mcnemar"] == {"corrected": 1, "broken": 1, "p": 1}
-    assert found["fp32"]["confusion"] == [[1, 1], [1, 2]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
-    assert [found[name]["correct"] for name in ("fp32", "int8")] == [3, 3]
-    assert found["logit_sqnr_db"] == pytest.approx(10 * math.log10(16.3125 / 2.36))
+    assert found["flips"] == [dict(zip(
+        ["file", "label", "effect", "fp32_margin", "fp32_logits", "int8_logits"], values)) for values in (
+            ["cat.1.jpg", "cat", "corrected", 0.5, [0, 0.5], [0.75, 0.5]],
+            ["cat.2.jpg", "dog", "corrected", 1, [1, 0], [0, 1]],
+            ["cat.3.jpg", "dog", "broken", 0.75, [0.25, 1], [1.25, 1]])]
+    assert found["agreement"] == pytest.approx(0.4) and found["mcnemar"] == {"corrected": 2, "broken": 1, "p": 1}
+    assert found["fp32"]["confusion"] == [[1, 1], [2, 1]] and found["int8"]["confusion"] == [[2, 0], [2, 1]]
+    assert [found[name]["correct"] for name in ("fp32", "int8")] == [2, 3]
+    assert found["logit_sqnr_db"] == pytest.approx(10 * math.log10(16.3125 / (0.5625 + 2 + 1 + 1)))
 
 
 def test_three_classes(monkeypatch):

@@ -2,14 +2,14 @@
 
     python tools/explain.py [--bits] [preset] [NAME=value ...]
 
-Quantizes the network as quantize_catdog.py does with the same constants, and shows
+Quantizes the network as quantize_catdog.py does, and shows
 
 - where the error arises: the error of each layer when it alone is quantized;
 - where the ranges come from: the picture that set each;
 - how many calibration pictures are enough: the first 1, 2, 5, 10, ... of them;
 - how a value is quantized: one output of the first layer, and one logit;
-- with --bits: how many bits are enough, from 8 down to 2, for all weights and all
-  activations, and for each layer's weights alone: some 90 networks;
+- with --bits: how many bits are enough, from 8 down to 2, for all weights and
+  all activations, and for the weights of each layer alone: some 90 networks;
 - which answers changed.
 
 results/explain.json has the figures of the tables, results/report.png draws
@@ -375,11 +375,10 @@ def print_ledger(ledger, pictures):
         columns[heading] = [decimal(row["sqnr_db"][error]) for row in ledger]
     columns["at logits"] = [decimal(row["sqnr_db"]["logits"]) + (
         "*" if row["hurts_most"] else " ") for row in ledger]
-    rounded = [row["levels"] is not None for row in ledger]
-    columns["clipped"] = [f"{100 * row['clipped']:.2g} %" if is_rounded else "none"
-                          for row, is_rounded in zip(ledger, rounded)]
-    columns["integer levels"] = [f"{row['levels_used']} of {row['levels']}" if is_rounded
-                                 else "FP32" for row, is_rounded in zip(ledger, rounded)]
+    columns["% clipped"] = ["none" if row["clipped"] is None else f"{100 * row['clipped']:.2g}"
+                            for row in ledger]
+    columns["integer levels"] = ["FP32" if row["levels"] is None else
+                                 f"{row['levels_used']}/{row['levels']}" for row in ledger]
     script.print_columns(columns)
     for row in ledger:
         if row["hurts_most"]:

@@ -602,10 +602,11 @@ def test_picture_is_turned_as_its_exif_says(tmp_path):
 
 def test_unusable_files_are_left_out_and_named(place, usual):
     jpeg = (PICTURES / "cat.9.jpg").read_bytes()
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"     # would start Ghostscript
     bad = {"cat.9.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "dog.9.jpg": (b"no picture", "identify"),
-           "cat.10.jpg": (b"", "identify"), "bird.1.jpg": (jpeg, "neither"), "cat-dog.jpg": (jpeg, "neither"),
-           "dog.10.png": (png_header_that_promises(60000, 60000), "DecompressionBombError"),
-           "dog.11.png": (png_header_that_promises(9000, 9000), "DecompressionBombError")}   # more than 2 * 2^25
+           "cat.10.jpg": (b"", "identify"), "cat.11.jpg": (postscript, "identify"), "bird.1.jpg": (jpeg, "neither"),
+           "cat-dog.jpg": (jpeg, "neither"), "dog.10.png": (png_header_that_promises(60000, 60000), "Bomb"),
+           "dog.11.png": (png_header_that_promises(9000, 9000), "DecompressionBombError")}      # more than 2 * 2^25
     for name, (content, _) in bad.items():
         (place.val / name).write_bytes(content)
     os.mkfifo(place.val / "cat.pipe.jpg")                   # to open it would wait for ever
@@ -617,7 +618,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     reasons = {row["file"]: row["reason"] for row in report["skipped"]}
     assert set(reasons) == {f"cat_dog/val/{name}" for name in [*bad, "cat.pipe.jpg", "dog.link.jpg", "dog.name.jpg"]}
     assert all(words in reasons[f"cat_dog/val/{name}"] for name, (_, words) in bad.items())
-    assert " 10 files were left out" in out
+    assert " 11 files were left out" in out
     assert all(script.shorten(name, 78) in out for name in reasons)
     good = usual[1]
     assert report["images"]["evaluated"] == 6 and report["fp32"]["correct"] == good["fp32"]["correct"]
@@ -628,7 +629,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     report, out = place.report()
     assert {row["file"].replace("train", "val"): row["reason"].replace("cat_dog/train", "cat_dog/val")
             for row in report["skipped"]} == reasons
-    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 10 files were left out" in out
+    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 11 files were left out" in out
 
 
 def test_two_folders_of_one_name_have_their_own_left_out_files(place):
@@ -723,26 +724,22 @@ def test_paths_that_cannot_be_looked_at(tmp_path, use, words, path):
     assert words in message and str(tmp_path / path) in message and message.isprintable()
 
 
-def test_output_folder(place, tmp_path):
-    """One that cannot be written, one where a folder has the report's name, and one that is not there yet."""
+def test_output_folder(place):
+    """One that cannot be written, one where a folder has the report's name, one below a folder yet to be made. Files
+    of others stay, whatever they are called."""
     (place.folder / "file").write_text("")
     place.refuse("cannot write", "OUTPUT_DIR", "file", OUTPUT_DIR="file/results")
     (place.results / "report.json").mkdir(parents=True)
     place.refuse("cannot write", "OUTPUT_DIR", "report.json")
-    script.write_files(tmp_path / "a" / "b", {"c": b"c"})
-    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["c"]
-
-
-def test_files_of_others_stay(place):
-    """Whatever they are called: results/ may be a folder that holds more."""
-    place.results.mkdir()
+    place.results = place.folder / "a" / "b"
+    place.report(OUTPUT_DIR="a/b")
+    assert set(place.files()) == RESULTS
     others = {name: name.encode() for name in ("probe", "tmp", "report.png", "report.json.tmp")}
     for name, content in others.items():
         (place.results / name).write_bytes(content)
-    place.report()
+    place.report(OUTPUT_DIR="a/b")
     found = place.files()
-    assert {name: found.get(name) for name in others} == others
-    assert set(found) == set(others) | RESULTS
+    assert {name: found.get(name) for name in others} == others and set(found) == set(others) | RESULTS
 
 
 def test_name_that_a_terminal_cannot_show(place):
@@ -763,10 +760,12 @@ def test_answers_of_other_pictures_are_not_compared(place, monkeypatch):
     pictures, model = script.CatDogDataset(place.val), script.CNN_Model().eval()
     first, other = [script.evaluate("", model, each) for each in (pictures, script.CatDogDataset(place.val))]
     (place.val / "cat.1.jpg").unlink()
-    second = script.evaluate("FP32", model, pictures)
+    second = script.evaluate("", model, pictures)
     assert first.files == pictures.files and second.files == [file for file in pictures.files if file != "cat.1.jpg"]
     assert first.labels.tolist() == [0, 1, 0, 1, 0, 1] and second.labels.tolist() == [0, 1, 1, 0, 1]
     assert torch.equal(first.logits[[0, 1, 3, 4, 5]], second.logits) and list(pictures.skipped) == ["cat.1.jpg"]
+    shutil.copy(PICTURES / "cat.1.jpg", place.val)          # what was left out once is left out until the end
+    assert torch.equal(script.evaluate("", model, pictures).logits, second.logits)
     assert script.compare(first, first)["agreement"] == script.compare(second, second)["agreement"] == 1
     for answers in (second, other):
         with pytest.raises(script.InputError, match="^FP32 and INT8 saw different pictures: run again"):
@@ -893,15 +892,11 @@ def test_calibrating_again_forgets_the_pictures_before(state):
 @pytest.mark.parametrize("load", [script.load_checkpoint, script.INT8_Model.load])
 @pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"model": None}, {"model": 3}, "text"])
 def test_file_without_a_model(tmp_path, saved, load):
+    """Nor are FP32 weights an INT8 network."""
     torch.save(saved, tmp_path / "c.pth.tar")
     refused(tmp_path / "c.pth.tar", "model", load=load)
-
-
-def as_kind(part, kind):
-    """The same layer as an object of another class."""
-    other = kind.__new__(kind)
-    other.__dict__.update(part.__dict__)
-    return other
+    refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
+            load=script.INT8_Model.load)
 
 
 @pytest.fixture
@@ -914,25 +909,26 @@ def notebook_model(state):
     model = CNN_Model()
     for name, part in loaded(state).named_children():
         kind = type(part).__mro__[1] if type(part).__module__ == "quantize_catdog" else type(part)      # torch's own
-        model.add_module(name, torch.nn.MaxPool2d(2) if name.startswith("maxpool") else as_kind(part, kind))
+        other = kind.__new__(kind)
+        other.__dict__.update(part.__dict__)
+        model.add_module(name, torch.nn.MaxPool2d(2) if name.startswith("maxpool") else other)
     model.relu5, model.output = torch.nn.ReLU(), torch.nn.Softmax(dim=1)
     model.range_cv1, model.Quantization, model.bit = torch.tensor(1.0), False, 8
     yield model
     vars(sys.modules["__main__"]).pop("CNN_Model", None)
 
 
-@pytest.mark.parametrize("whose", ["the notebook's", "the script's"])
-def test_pickled_module_loads(tmp_path, state, notebook_model, whose):
-    """Its own classes need not be there; those of the script have the name that they have where it is imported."""
-    torch.save({"model": notebook_model if whose == "the notebook's" else loaded(state)}, tmp_path / "c.pth.tar")
-    del sys.modules["__main__"].CNN_Model
-    found = script.load_checkpoint(tmp_path / "c.pth.tar").state_dict()
-    assert all(torch.equal(found[name], value) for name, value in state.items() if value.is_floating_point())
-
-
-def test_pickled_module_with_a_foreign_class_is_refused(tmp_path, notebook_model):
+def test_pickled_module(tmp_path, state, notebook_model):
+    """The notebook's classes need not be there; the script's have the name that they have where it is imported. Other
+    classes are refused."""
+    for name, model in (("notebook", notebook_model), ("script", loaded(state))):
+        torch.save({"model": model}, tmp_path / name)
     notebook_model.extra = torch.nn.Dropout()
     torch.save({"model": notebook_model}, tmp_path / "c.pth.tar")
+    del sys.modules["__main__"].CNN_Model
+    for name in ("notebook", "script"):
+        found = script.load_checkpoint(tmp_path / name).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in state.items() if value.is_floating_point())
     refused(tmp_path / "c.pth.tar", "torch.nn.modules.dropout.Dropout")
 
 
@@ -1088,11 +1084,6 @@ def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, state, re
         if integer < 2**(width - 1):
             assert script.INT8_Model.load(path).state_dict()[name].flatten()[-1] == integer
     refused(path, name, f"beyond {2**(width - 1) - 1}", load=script.INT8_Model.load)
-
-
-def test_fp32_checkpoint_is_no_int8_model():
-    refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
-            load=script.INT8_Model.load)
 
 
 # as a module

@@ -64,7 +64,7 @@ from torch.utils.data import DataLoader, Dataset
 # paths start at this file's folder, and `~` is the home folder.
 
 # %%
-# what is run, on what (--help shows the text from here to the end of the cell)
+# what is run, on what
 DATA_DIR = "cat_dog"                    # folder that holds the splits
 CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ranges
 EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
@@ -148,7 +148,7 @@ class InputError(Exception):
         return [f"InputError: {self}"]
 
 def constants_block():
-    """The text of this file's constants, comments included; "" in a notebook."""
+    """The text of this file's constants, from after the first comment; "" in a notebook."""
     if "__file__" not in globals():
         return ""
     return Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
@@ -576,13 +576,13 @@ def no_observer(name, data):
     return data
 
 def largest_magnitudes(data):
-    """(N, C, height, width) or (N, C) -> the largest |value| of each channel, (C,)."""
+    """(N, C, height, width) or (N, C) -> the largest |value| in each picture's channels, (N, C)."""
     if data.dim() == 2:
-        return data.abs().amax(0)
+        return data.abs()
     # abs() would copy the data. Reducing one axis after the other is fast: channels are last in
     # memory, and little is left for the second reduction
     rows = data.permute(0, 2, 3, 1)
-    return torch.maximum(rows.amax(1), -rows.amin(1)).amax((0, 1))
+    return torch.maximum(rows.amax(1), -rows.amin(1)).amax(1)
 
 class CNN_Model(nn.Module):
     """The notebook's network in FP32: pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat, dog.
@@ -627,7 +627,7 @@ class CNN_Model(nn.Module):
 
     def update_range(self, name, data):
         """The observer: range = max(range, |data|)."""
-        found = largest_magnitudes(data)
+        found = largest_magnitudes(data).amax(0)
         self.ranges[name] = torch.maximum(self.ranges.get(name, found), found)
         return data
 
@@ -929,7 +929,8 @@ def choose_engine(int8_model, pixels=None):
         pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
     try:
         overflow = kernels_overflow(int8_model)
-        found = activations_of(copy.copy(int8_model).prepare("onednn"), pixels)
+        kernels = copy.copy(int8_model).prepare("onednn")
+        found = activations_of(kernels, pixels)
     except (AttributeError, RuntimeError) as error:
         if INT8_ENGINE == "onednn":
             reason = " ".join(str(error).split())
@@ -944,7 +945,7 @@ def choose_engine(int8_model, pixels=None):
     elif different:
         why = "this CPU's kernels give other integers"
     if INT8_ENGINE == "onednn" or not (overflow or different):
-        int8_model.prepare("onednn")
+        int8_model.engine, int8_model.run = kernels.engine, kernels.run
     compared = sum(values.numel() for values in expected.values())
     return {"compared": compared, "different": different, "why": why}
 
@@ -1080,11 +1081,11 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
 
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
-    """Round weights by GPTQ and correct biases in place, layer by layer, on calibration pictures.
+    """Refine int8_model, layer by layer: round weights by GPTQ, correct biases.
 
-    fp32_model: the folded network that int8_model was quantized from; pixels: uint8 (n, 3, h, w).
-    Each layer is fed what the INT8 layers before it, refined already, put out. Its bias moves by
-    the mean error of its output (Nagel et al. 2019, section 4.2).
+    fp32_model: the folded network that int8_model was quantized from; pixels: calibration
+    pictures, uint8 (n, 3, h, w). Each layer is fed what the INT8 layers before it, refined already,
+    put out. Its bias moves by the mean error of its output (Nagel et al. 2019, section 4.2).
     """
     chunks = pixels.split(CHUNK)
     fp32 = [activations_of(fp32_model, chunk) for chunk in chunks]
@@ -1202,6 +1203,8 @@ def fill(model, tensors, file):
     return model.to(DEVICE).eval().to(memory_format=torch.channels_last)
 
 class InMemory(io.BytesIO):
+    """A file in memory: the network of a run, before it is saved."""
+
     def __str__(self):          # its name in an error
         return "of this run"
 
@@ -1283,8 +1286,12 @@ class Predictions(NamedTuple):
     files: list             # n names
     labels: torch.Tensor    # int64 (n,)
     logits: torch.Tensor    # FP32 (n, classes)
-    classes: torch.Tensor   # int64 (n,), the largest logit's; of equal ones the first
     top1: float             # percent of the pictures whose class is their label
+
+    @property
+    def classes(self):
+        """Index of the largest logit, int64 (n,); the first where two are equal."""
+        return self.logits.argmax(1)
 
 @torch.inference_mode()
 def evaluate(name, model, pictures, observe=no_observer):
@@ -1309,8 +1316,7 @@ def evaluate(name, model, pictures, observe=no_observer):
     files, top1 = [file for file, _ in pictures.usable()], float(meter.value()[0])
     print(f"{name} Top1: {top1:.3f}, {len(files)} of {len(pictures)} pictures of "
           f"{display_path(pictures.folder)}")
-    labels, logits = torch.tensor(labels), torch.tensor(logits)
-    return Predictions(pictures, files, labels, logits, logits.argmax(1), top1)
+    return Predictions(pictures, files, torch.tensor(labels), torch.tensor(logits), top1)
 
 def calibrate(folded, pictures):
     """The FP32 pass that observes the ranges of a folded network. Returns its Predictions."""
@@ -1351,13 +1357,14 @@ LISTED = 20         # pictures of a kind that the terminal lists; report.json ha
 LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it expect changed answers
 OUTLIER = 100       # times the median: a channel this strong leaves few integers to the others
 
+def decibels(signal, noise):
+    """Ratio of two energies in dB; None when there is no noise."""
+    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None      # 0: no signal
+
 def sqnr_db(signal, changed):
     """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
     signal, changed = signal.double(), changed.double()
-    noise = (signal - changed).square().sum().item()
-    if noise == 0:
-        return None
-    return 10 * math.log10(max(signal.square().sum().item() / noise, 1e-300))   # 0: no signal
+    return decibels(signal.square().sum().item(), (signal - changed).square().sum().item())
 
 def wilson(correct, n, z=1.959964):
     """95 % Wilson score interval of a share, in percent (Wilson 1927)."""

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import copy
 import json
-import math
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -77,11 +76,6 @@ def energy(x):
     return x.double().square().sum().item()
 
 
-def decibels(signal, noise):
-    """Ratio of two energies in dB; None when there is no noise."""
-    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None
-
-
 def round_trip(int8_model, activation, x):
     """FP32 values, quantized to an activation's integers and back."""
     if int8_model.is_fp32(activation):
@@ -101,7 +95,7 @@ def calibrate_by_picture(folded, pictures):
     maxima, seen = {}, Counter()
 
     def observe(name, values):
-        found = torch.stack([script.largest_magnitudes(x[None]) for x in values])       # (n, C)
+        found = script.largest_magnitudes(values)
         rows = maxima.setdefault(name, torch.zeros(len(pictures), found.shape[1]))
         rows[seen[name]:seen[name] + len(found)] = found
         seen[name] += len(found)
@@ -199,9 +193,9 @@ def error_ledger(fp32_model, int8_model, pixels):
     ledger = []
     for name, layer in names.items():
         signal = energies[name, "signal"]
-        sqnr = {error: decibels(signal, energies[name, error]) for error in ERRORS}
+        sqnr = {error: script.decibels(signal, energies[name, error]) for error in ERRORS}
         signal = energies[script.LOGITS, "signal"]
-        sqnr["logits"] = decibels(signal, energies[name, "logits"])
+        sqnr["logits"] = script.decibels(signal, energies[name, "logits"])
         row = {"name": layer.name if layer else "input", "sqnr_db": sqnr,
                "clipped": None, "levels_used": None, "levels": None, "hurts_most": False}
         if name in levels:

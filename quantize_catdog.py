@@ -15,7 +15,7 @@ it calculates scales, rounds weights and biases to integers, and then multiplies
     calibrate   run in FP32, observe the range of each activation     FP32   logits (N, 2), ranges
     quantize    scale = largest integer / range; round so that the    int8   weights
                 outputs stay close to FP32                            int32  biases
-    verify      check this CPU's INT8 kernels with exact arithmetic   which of them is used
+    verify      check this CPU's INT8 kernels with exact arithmetic   which layers use them
     evaluate    integers x int8 -> int32 sums -> integers, by layer   FP32   logits (N, 2)
     compare     which answers changed, and could it be chance?        a summary
     save        the INT8 network, the report, a row in a table        results/
@@ -33,15 +33,16 @@ what follows each `# %%` into a cell. tools/explain.py shows why answers changed
 import ast
 import copy
 import csv
-import ctypes
 import difflib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import textwrap
+import threading
 import time
 import warnings
 import zipfile
@@ -50,12 +51,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "10000"      # idle threads soon give way to other programs
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchnet.meter as tnt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 
 # %% [markdown]
@@ -72,6 +76,7 @@ CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
 OUTPUT_DIR = "results"                  # folder for the INT8 network, report.json and runs.csv
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
+DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
 INT8_ENGINE = "auto"                    # "onednn": kernels; "reference": exact; "auto": see Verify
 # the recipe: what decides the integers
 IMAGE_SIZE = (224, 224)                 # width and height; fc1 needs 11 x 11 feature maps
@@ -97,22 +102,23 @@ PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORR
 PRESETS["notebook"] = PRESETS["plain"] | {
     "PER_CHANNEL": False, "UNSIGNED_RELU": False, "BIAS_BIT": 16, "QUANTIZE_LOGITS": True}
 
-def is_whole(value, low, high):
-    return type(value) is int and low <= value <= high
-
 def whole(low, high):
-    return f"a whole number from {low} to {high}", lambda value: is_whole(value, low, high)
+    return (f"a whole number from {low} to {high}",
+            lambda value: type(value) is int and low <= value <= high)
+
+def one_of(*choices):
+    return " or ".join(map(repr, choices)), lambda value: repr(value) in map(repr, choices)
 
 def is_image_size(value):
-    return (isinstance(value, tuple) and len(value) == 2
-            and all(is_whole(side, 212, 227) for side in value))
+    _, is_side = whole(212, 227)
+    return isinstance(value, tuple) and len(value) == 2 and all(map(is_side, value))
 
 def is_layer_bits(value):
-    names = [layer.name for layer in LAYERS]        # the list of layers, below
+    names, (_, is_bits) = [layer.name for layer in LAYERS], whole(2, 8)     # LAYERS: see below
     return isinstance(value, dict) and all(
-        name in names and is_whole(bit, 2, 8) for name, bit in value.items())
+        name in names and is_bits(bit) for name, bit in value.items())
 
-BOOL = "True or False", lambda value: isinstance(value, bool)
+BOOL = one_of(True, False)
 PATH = ("the name of a file or folder",
         lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value)
 LEGAL_RECIPE = {
@@ -126,8 +132,8 @@ LEGAL_RECIPE = {
 LEGAL = {
     "DATA_DIR": PATH, "CALIBRATION_SPLIT": PATH, "EVALUATION_SPLIT": PATH, "CHECKPOINT": PATH,
     "OUTPUT_DIR": PATH, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
-    "INT8_ENGINE": ('"auto", "onednn" or "reference"',
-                    lambda value: value in ("auto", "onednn", "reference"))} | LEGAL_RECIPE
+    "DEVICE": one_of("auto", "cpu", "cuda"),
+    "INT8_ENGINE": one_of("auto", "onednn", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
 # How constants are read, from the file and from the command line. Whatever is wrong with an input
@@ -147,19 +153,16 @@ class InputError(Exception):
     def _render_traceback_(self):       # what Jupyter shows beneath the cell
         return [f"InputError: {self}"]
 
-def constants_block():
-    """The text of this file's constants, from after the first comment; "" in a notebook."""
-    if "__file__" not in globals():
-        return ""
-    return Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
+def one_line(error):
+    """The text of an error, without its line breaks."""
+    return " ".join(str(error).split())
 
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
-    wanted = name.strip("-").replace("-", "_").upper()
     in_capitals = {each.upper(): each for each in known}
-    near = difflib.get_close_matches(wanted, in_capitals, 1)
-    hint = f"did you mean {in_capitals[near[0]]}?" if near else (
-        "LEGAL has no row for it (see --help)")
+    near = difflib.get_close_matches(name.strip("-").replace("-", "_").upper(), in_capitals, 1)
+    hint = (f"did you mean {in_capitals[near[0]]}?" if near else
+            "LEGAL has no row for it (see --help)")
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -174,13 +177,16 @@ def check_legal(constants, names):
         if not allows(constants[name]):
             raise InputError(f"{name} = {constants[name]!r}: set it to {words}")
 
-def read_constants(names=tuple(LEGAL)):
-    """{constant: value} as they are now; InputError for an illegal value or a misspelt name.
+def constants_block():
+    """The text of this file's constants, from after the first comment; "" in a notebook."""
+    if "__file__" not in globals():
+        return ""
+    return Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
 
-    A constant of the file that LEGAL does not know would have no effect.
-    """
+def read_constants(names=tuple(LEGAL)):
+    """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
     for name in re.findall(r"(?m)^([A-Z]\w*) *=", constants_block()):
-        if name not in LEGAL:
+        if name not in LEGAL:       # it would have no effect
             raise unknown_name(name, LEGAL)
     constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
     check_legal(constants, names)
@@ -216,11 +222,10 @@ def set_constants(words, doc):
                 globals()[name] = text          # a word without quotes, such as a folder's name
 
 # %% [markdown]
-# Where files are, and what a run changes in its process.
+# Where files are, what computes, and what a run changes in its process.
 
 # %%
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def resolve_path(*names):
     """The path that constants name: below ROOT unless one is absolute; ~ is the home folder."""
@@ -230,19 +235,20 @@ def display_path(path):
     """A path as it is printed: relative to ROOT if it is inside ROOT."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
+def device():
+    """The torch.device that DEVICE names."""
+    has_gpu = torch.cuda.is_available()
+    if DEVICE == "cuda" and not has_gpu:
+        raise InputError('DEVICE = "cuda": torch finds no GPU here; set it to "auto"')
+    return torch.device("cuda" if has_gpu and DEVICE != "cpu" else "cpu")
+
 def prepare_process():
     """Change this process as a run needs it. Importing the file changes nothing."""
     if hasattr(sys.stdout, "reconfigure"):      # a file's name may hold what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
     warnings.filterwarnings("ignore", module="PIL")     # broken pictures are listed in `skipped`
-    Image.MAX_IMAGE_PIXELS = 2**25      # Pillow refuses pictures of more than twice as many
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc returns every big buffer to the system, and the next layer has its pages mapped
-        # again; keeping them halves the time of calibration and of evaluation
-        m_mmap_max, m_trim_threshold = -4, -1
-        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
-        ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # a long text or colour profile costs no picture
 
 # %% [markdown]
 # ## Pictures
@@ -252,46 +258,95 @@ def prepare_process():
 # %%
 CLASSES = ("cat", "dog")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS starts Ghostscript
+TURN = Image.Transpose  # what makes a picture upright, by the orientation in its EXIF data
+UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
+           5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
+MOST_PIXELS, ROOM_PIXELS = 2**26, 2**22         # of one picture; of one permit to decode
+ROOM = threading.Semaphore(MOST_PIXELS // ROOM_PIXELS)      # threads share it; a picture takes
+WAITING = threading.Lock()                                  # its permits in one go
 KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
 
 def label_of(path):
-    """The index in CLASSES of the one class that a path's words name; None for none or several."""
-    words = re.findall(r"[^\W\d_]+", str(path).casefold())
-    named = {word.removesuffix("s") for word in words} & set(CLASSES)
-    return CLASSES.index(named.pop()) if len(named) == 1 else None
+    """The index in CLASSES of the class that a path names; InputError where it names none or two.
+
+    The part of the path nearest to the file that names a class decides.
+    """
+    for part in reversed(Path(path).parts):
+        words = re.findall(r"[^\W\d_]+", part.casefold())
+        named = [name for name in CLASSES if {name, f"{name}s"} & set(words)]
+        if len(named) == 1:
+            return CLASSES.index(named[0])
+        if named:
+            raise InputError(f"{part} says {' and '.join(named)}")
+    raise InputError(f"its path says neither {' nor '.join(CLASSES)}")
+
+def open_picture(picture):
+    """A path, the bytes of a file, a file object, an array or a Pillow picture -> the last."""
+    if isinstance(picture, Image.Image):
+        return picture.copy()
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise InputError(f"is an array {picture.dtype} {picture.shape}: give uint8 (h, w), "
+                             "(h, w, 3) or (h, w, 4)")
+        return Image.fromarray(picture)
+    if isinstance(picture, bytes):
+        picture = io.BytesIO(picture)
+    elif isinstance(picture, (str, Path)):
+        if os.path.exists(picture) and not os.path.isfile(picture):
+            raise InputError("is not a file")       # opening a pipe, say, would wait for ever
+    return Image.open(picture, formats=FORMATS)
+
+def to_rgb(image):
+    """A loaded Pillow picture of any mode as RGB, as a viewer shows it, upright, on white."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:       # EXIF data may hold anything; the pixels are fine
+        orientation = None
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")            # all "transparent": the byte is not used
+    if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
+        grey = (np.asarray(image) / 257).clip(0, 255).round()
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 def decode(picture, size):
-    """A file, Pillow picture or array -> uint8 (height, width, 3) of size (width, height).
+    """A picture -> uint8 (height, width, 3), RGB, of size (width, height).
 
-    Resized with Pillow's default filter (bicubic), as in the notebook. Rotated as its EXIF data
-    says; the first frame of an animation; transparent parts on white. Raises InputError, whose
-    text continues the picture's name.
+    picture: a path, the bytes of a file or a file object, in one of FORMATS; a Pillow picture; or
+    an array. Resized with Pillow's default filter (bicubic), as in the notebook. An animation gives
+    its first frame. Raises InputError, whose text continues the picture's name.
     """
-    if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):
-        raise InputError("is not a file")       # opening a pipe, say, would wait for ever
     try:
-        if isinstance(picture, np.ndarray):
-            image = Image.fromarray(picture)
-        elif isinstance(picture, Image.Image):
-            image = picture.copy()
-        else:
-            image = Image.open(picture, formats=FORMATS)
-        with image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
-                grey = (np.asarray(image) / 257).clip(0, 255).round()
-                image = Image.fromarray(grey.astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode != "RGB":
-                image = image.convert("RGB")
-            return np.array(image.resize(size))
+        with open_picture(picture) as image:
+            pixels = image.width * image.height
+            if pixels > MOST_PIXELS:
+                raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
+            if image.mode == "F" or image.mode == "I" and image.format != "PPM":
+                raise InputError("has 32-bit pixels, and nothing says which value is white")
+            permits = math.ceil(pixels / ROOM_PIXELS)
+            with WAITING:
+                for _ in range(permits):
+                    ROOM.acquire()
+            try:
+                image.load()
+                return np.array(to_rgb(image).resize(size))
+            finally:
+                ROOM.release(permits)
+    except InputError:
+        raise
     except Exception as error:      # decoders raise nearly every type on broken bytes
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot be decoded: {type(error).__name__}: {reason}") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"cannot be decoded: {reason}") from None
 
+# %% [markdown]
+# A folder of pictures as a torch Dataset.
+
+# %%
 class CatDogDataset(Dataset):
     """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
 
@@ -305,12 +360,11 @@ class CatDogDataset(Dataset):
         self.files, self.labels = [], []
         self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
         for file in sorted(self.find_files(), key=self.numbers_first):
-            label = label_of(file)
-            if label is None:
-                self.skipped[file] = "its path says neither cat nor dog, or both"
-            else:
+            try:
+                self.labels.append(label_of(file))
                 self.files.append(file)
-                self.labels.append(label)
+            except InputError as error:
+                self.skipped[file] = str(error)
         self.usable()       # raises where nothing is
 
     def find_files(self):
@@ -332,8 +386,10 @@ class CatDogDataset(Dataset):
         found = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not found:
             reasons = sorted(f", e.g. {file}: {reason}" for file, reason in self.skipped.items())
-            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
-                             "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
+            below = sorted(self.folder.parent.glob(f"*/{self.folder.name}"))
+            advice = (f"set DATA_DIR to {display_path(below[0].parent)}?" if below else
+                      "put cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
+            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: {advice}")
         return found
 
     def __str__(self):
@@ -379,14 +435,14 @@ class CatDogDataset(Dataset):
         return pixels, torch.tensor([label for _, label in items]).long()
 
     def first_pixels(self, count):
-        """uint8 (n, 3, height, width) of the first usable pictures, at most `count`, on DEVICE."""
+        """uint8 (n, 3, height, width) of the first usable pictures, at most `count`."""
         items = []
         for start in range(0, len(self), count):
             items += self.__getitems__(range(start, min(start + count, len(self))))
             if len(items) >= count:
                 break
         self.usable()       # at least one
-        return self.collate_fn(items[:count])[0].to(DEVICE)
+        return self.collate_fn(items[:count])[0].to(device())
 
     def checksum(self):
         """CRC-32 of the labels and the bytes of the usable files, in order; names do not count."""
@@ -535,6 +591,12 @@ FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 # Three of torch's layers with small changes.
 
 # %%
+def without_autocast(function):
+    """The function, but torch.autocast, which computes with 16 bits, does not reach into it."""
+    for kind in ("cpu", "cuda"):
+        function = torch.autocast(kind, enabled=False)(function)
+    return function
+
 class Conv2d(nn.Conv2d):
     """Like torch's, but the result for a picture does not depend on the rest of the batch.
 
@@ -610,8 +672,10 @@ class CNN_Model(nn.Module):
         self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = Linear(8 * 11 * 11, 512)
         self.fc2 = Linear(512, len(CLASSES))
+        self.float()        # whatever torch's default dtype is
         self.ranges = {}
 
+    @without_autocast
     def forward(self, x, observe=no_observer):
         x = observe("input", x.float())                                         # (N, 3, 224, 224)
         x = self.maxpool1(observe("cv1", self.relu1(self.bn1(self.cnn1(x)))))   # (N, 16, 110, 110)
@@ -623,7 +687,7 @@ class CNN_Model(nn.Module):
 
     def reset_ranges(self):
         """Forget what was observed. The input's range is 255, however dark the pictures are."""
-        self.ranges = {"input": torch.tensor([255.0], device=self.fc1.weight.device)}
+        self.ranges = {"input": self.fc1.bias.new_tensor([255.0])}
 
     def update_range(self, name, data):
         """The observer: range = max(range, |data|)."""
@@ -711,38 +775,35 @@ class INT8_Model(nn.Module):
         check_legal(recipe, LEGAL_RECIPE)
         self.recipe = copy.deepcopy(recipe)
         self.integers = activation_integers(recipe)
-        self.engine, self.run = None, None      # see `prepare`
         self.maxpool = MaxPool2d(kernel_size=2)
+        self.kernels, self.run = None, None     # see `prepare`
         for name in ACTIVATIONS:
-            self.register_buffer(f"scale_{name}", torch.tensor(1.0))
+            self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
         for layer in LAYERS:
             shape = fp32_model.get_submodule(layer.name).weight.shape
+            scales = torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1, dtype=torch.float32)
             module = nn.Module()
             module.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
             module.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int32))
-            module.register_buffer("w_scale", torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1))
+            module.register_buffer("w_scale", scales)
             self.add_module(layer.name, module)
 
-    def prepare(self, engine):
-        """Build what runs each layer, by engine "reference" or "onednn", and return the model."""
-        run = {}
-        for layer in LAYERS:
-            # fc2 has two outputs: setting up a kernel for them takes longer than the reference
-            kernel = engine == "onednn" and layer.output != LOGITS
-            run[layer.name] = self.int8_layer(layer, kernel)
-        self.engine, self.run = engine, run
+    def prepare(self, kernels=()):
+        """Build what runs each layer: a kernel for the layers named, else the reference."""
+        run = {layer.name: self.int8_layer(layer, layer.name in kernels) for layer in LAYERS}
+        self.kernels, self.run = list(kernels), run
         return self
 
     def __getstate__(self):
-        """A copy or a pickle forgets its engine: it may be used on a CPU with other kernels."""
-        return {**super().__getstate__(), "engine": None, "run": None}
+        """A copy or a pickle is prepared anew: it may be used on a CPU with other kernels."""
+        return {**super().__getstate__(), "kernels": None, "run": None}
 
     def forward(self, x, observe=no_observer):
-        """`CNN_Model.forward` on integers. Chooses an engine first if there is none."""
+        """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""
         x = observe("input", self.quantize_pixels(x))                       # (N, 3, 224, 224)
         if self.run is None:
-            choose_engine(self)
+            choose_engines(self)
         run = self.run
         x = self.maxpool(observe("cv1", run["cnn1"](x)))                    # (N, 16, 110, 110)
         x = self.maxpool(observe("cv2", run["cnn2"](x)))                    # (N, 32, 53, 53)
@@ -759,7 +820,7 @@ class INT8_Model(nn.Module):
             raise InputError(f"pixels are {x.dtype} {tuple(x.shape)}: give uint8 from 0 to 255 of "
                              f"shape (n, 3, {height}, {width})")
         integers = self.integers["input"]
-        if integers.high == 255 and self.scale_input == 1:
+        if integers.high == 255 and self.scale_input.item() == 1:
             return x
         return quantize(x, self.scale_input, integers)
 
@@ -772,14 +833,14 @@ class INT8_Model(nn.Module):
         return name == LOGITS and not self.recipe["QUANTIZE_LOGITS"]
 
     def sum_scale(self, layer):
-        """in_scale * w_scale, (out,) or (1,): the scale of a layer's sums and of its bias."""
-        return self.scale(layer.input) * self.get_submodule(layer.name).w_scale
+        """in_scale * w_scale, (out,): the scale of a layer's sums and of its bias."""
+        module = self.get_submodule(layer.name)
+        return (self.scale(layer.input) * module.w_scale).expand(len(module.bias))
 
     def multiplier(self, layer):
         """M = out_scale / (in_scale * w_scale), (out,). out_scale is 1 where logits stay FP32."""
         out_scale = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
-        multiplier = out_scale / self.sum_scale(layer)
-        return multiplier.expand(self.get_submodule(layer.name).bias.shape).contiguous()
+        return (out_scale / self.sum_scale(layer)).contiguous()
 
     def int8_layer(self, layer, kernel=False):
         """The INT8Layer that computes a Layer."""
@@ -788,6 +849,12 @@ class INT8_Model(nn.Module):
         return INT8Layer(module.weight, module.bias, self.multiplier(layer),
                          self.integers[layer.input], outputs, kernel)
 
+    def next_input(self, layer, outputs):
+        """What the next layer reads of a layer's outputs, as in `forward`: pooled, then flat."""
+        if layer.is_conv:
+            outputs = self.maxpool(outputs)
+        return outputs.flatten(1) if layer.output == FC_INPUTS[0] else outputs
+
     @staticmethod
     def load(path):
         """Load the INT8 checkpoint that a run wrote. path: a path or a file object."""
@@ -795,22 +862,26 @@ class INT8_Model(nn.Module):
 
     @torch.inference_mode()
     def predict(self, picture):
-        """A picture -> ("cat" or "dog", [cat's logit, dog's logit]); a list of them -> a list.
+        """A picture -> ("cat" or "dog", [cat's logit, dog's logit]); several -> a list of these.
 
-        picture: a file's path, a Pillow picture, or a uint8 array (height, width, 3).
+        picture: what `decode` takes, or a list, tuple or iterator of such, computed in batches.
         """
-        pixels = []
-        for each in picture if isinstance(picture, list) else [picture]:
-            try:
-                pixels.append(decode(each, self.recipe["IMAGE_SIZE"]))
-            except InputError as error:
-                name = each if isinstance(each, (str, Path)) else f"picture {len(pixels)}"
-                raise InputError(f"{name} {error}") from None
-        if not pixels:
-            return []
-        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.scale_input.device)
-        answers = [(CLASSES[row.argmax()], row.tolist()) for row in self(batch).cpu()]
-        return answers if isinstance(picture, list) else answers[0]
+        if isinstance(picture, (str, Path, bytes, np.ndarray, Image.Image, io.IOBase)):
+            return self.predict([picture])[0]
+        answers, pictures = [], iter(picture)
+        while batch := list(itertools.islice(pictures, BATCH_SIZE)):
+            pixels = []
+            for each in batch:
+                try:
+                    pixels.append(decode(each, self.recipe["IMAGE_SIZE"]))
+                except InputError as error:
+                    number = len(answers) + len(pixels)
+                    name = each if isinstance(each, (str, Path)) else f"picture {number}"
+                    raise InputError(f"{name} {error}") from None
+            x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+            logits = self(x.to(self.scale_input.device)).cpu()
+            answers += [(CLASSES[row.argmax()], row.tolist()) for row in logits]
+        return answers
 
 # %% [markdown]
 # One layer of it, by either engine.
@@ -825,13 +896,7 @@ class INT8Layer:
     The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
     FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT), so
     there the sums are computed in FP64 and rounded to the integer.
-
-    A kernel is given M as the scale of the weights, the offset as its bias, 1 as the scales of
-    input and output, and 0 as all zero points. Its own rescaling is then that of `requantize`, bit
-    for bit.
     """
-
-    GEOMETRY = [1, 1], [0, 0], [1, 1], 1        # stride, padding, dilation, groups
 
     def __init__(self, weight, bias, multiplier, inputs, outputs, kernel):
         self.is_conv = weight.dim() == 4
@@ -841,14 +906,25 @@ class INT8Layer:
         self.largest_sum = products + bias.long().abs()
         self.fits_fp32 = weight.device.type == "cpu" and bool(self.largest_sum.max() < 2**24)
         self.weight = weight.to(torch.float32 if self.fits_fp32 else torch.float64)
-        self.zero_points = torch.zeros_like(bias)
-        self.packed = self.pack(weight) if kernel else None
+        self.kernel = self.find_kernel(weight) if kernel else None
 
     def __call__(self, x):
-        return self.rescale(self.sums(x)) if self.packed is None else self.kernel(x)
+        """The layer's outputs. x: integers (N, C, h, w) or (N, C)."""
+        if self.kernel is None:
+            return self.reference(x)
+        try:
+            return self.run_kernel(x)
+        except RuntimeError:        # torch has no kernel for an input of this shape
+            if INT8_ENGINE == "onednn":
+                raise
+            return self.reference(x)
 
+    def reference(self, x):
+        return self.rescale(self.sums(x))
+
+    @without_autocast
     def sums(self, x):
-        """The reference's sums of products in FP32. x: integers (N, C, h, w) or (N, C)."""
+        """The reference's sums of products in FP32."""
         operation = F.conv2d if self.is_conv else F.linear
         sums = operation(x.to(self.weight.dtype), self.weight)
         return sums if self.fits_fp32 else sums.round().float()
@@ -861,93 +937,116 @@ class INT8Layer:
             return sums * multiplier + offset
         return requantize(sums, multiplier, offset, self.outputs)
 
-    def pack(self, weight):
-        """The weight in the form that the kernel takes."""
-        if not self.is_conv:
-            return torch.ops.onednn.qlinear_prepack(weight, None)
-        scale, zero_point = 1.0, 0
-        return torch.ops.onednn.qconv_prepack(
-            weight, self.multiplier, scale, zero_point, *self.GEOMETRY)
+    def find_kernel(self, weight):
+        """(torch's kernel for this layer, its arguments after x).
 
-    def kernel(self, x):
-        """The kernel's outputs, from integers (N, C, h, w) or (N, C)."""
-        scale, zero_point, outputs = 1.0, 0, self.outputs
-        weight = self.packed, self.multiplier, self.zero_points, self.offset
-        relu = "none" if outputs is None or outputs.low < 0 else "relu"
+        It is given M as the scale of the weights, the offset as its bias, 1 as the scales of input
+        and output, and 0 as all zero points. Its own rescaling is then that of `requantize`, bit
+        for bit.
+        """
+        scale, zero_point, zero_points = 1.0, 0, torch.zeros_like(self.offset, dtype=torch.int32)
         if self.is_conv:
-            # the kernel takes uint8; ours may be int8 but are never negative: the same bytes
-            dtype = torch.float32 if outputs is None else torch.uint8
-            y = torch.ops.onednn.qconv2d_pointwise.default(
-                x.view(torch.uint8), scale, zero_point, *weight, *self.GEOMETRY,
-                scale, zero_point, dtype, relu, [], "")
+            operation, dtype = torch.ops.onednn.qconv2d_pointwise.default, torch.uint8
+            geometry = [1, 1], [0, 0], [1, 1], 1        # stride, padding, dilation, groups
+            packed = torch.ops.onednn.qconv_prepack(
+                weight, self.multiplier, scale, zero_point, *geometry)
         else:
-            dtype = torch.float32 if outputs is None else torch.int8
-            y = torch.ops.onednn.qlinear_pointwise.default(
-                x, scale, zero_point, *weight, scale, zero_point, dtype, relu, [], "")
+            operation, dtype = torch.ops.onednn.qlinear_pointwise.default, torch.int8
+            geometry, packed = (), torch.ops.onednn.qlinear_prepack(weight, None)
+        relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
+        dtype = torch.float32 if self.outputs is None else dtype
+        return operation, (scale, zero_point, packed, self.multiplier, zero_points, self.offset,
+                           *geometry, scale, zero_point, dtype, relu, [], "")
+
+    def run_kernel(self, x):
+        """The kernel's outputs. Raises RuntimeError where torch has none for this input."""
+        operation, arguments = self.kernel
+        # a convolution's kernel takes uint8; int8 inputs are never negative there: the same bytes
+        y = operation(x.view(torch.uint8) if self.is_conv else x, *arguments)
         # the kernel clips at 0..255 or -128..127: narrower ranges, and -127, are clipped here
-        if outputs is None or outputs.high == 255:
+        if self.outputs is None or self.outputs.high == 255:
             return y
-        return y.clip_(outputs.low, outputs.high).view(outputs.dtype)
+        return y.clip_(self.outputs.low, self.outputs.high).view(self.outputs.dtype)
 
 # %% [markdown]
-# Which engine is right on this CPU, and what quantization made of each layer.
+# Which engine runs which layer, and what quantization made of each.
 
 # %%
-def kernels_overflow(int8_model):
-    """Whether this CPU's INT8 kernels overflow with this model's weights.
+@torch.inference_mode()
+def time_in_turns(functions, x, rounds):
+    """{name: seconds of each round} of {name: function}, called in turns on x."""
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(x).cpu()           # .cpu() waits for a GPU
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+def kernel_overflows(int8_model, layer):
+    """Whether this CPU's INT8 kernel overflows with a layer's weights.
 
     x86 without VNNI adds pairs of products in 16 bits. The worst case is all inputs at their
-    largest (two weights of opposite sign cannot overflow): there the kernels' sums, with M = 1 and
+    largest (two weights of opposite sign cannot overflow): there the kernel's sums, with M = 1 and
     no bias, are compared with the exact ones.
     """
-    for layer in LAYERS[:-1]:           # fc2 is always computed by the reference
-        weight = int8_model.get_submodule(layer.name).weight
-        inputs = int8_model.integers[layer.input]
-        size = (weight.shape[1], 9, 9) if layer.is_conv else weight.shape[1:]   # 9: large enough
-        x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
-        no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-        arguments = weight, no_bias, torch.ones_like(no_bias).float(), inputs, None
-        exact, fast = INT8Layer(*arguments, kernel=False), INT8Layer(*arguments, kernel=True)
-        if (exact(x) != fast(x)).any():
-            return True
-    return False
+    weight = int8_model.get_submodule(layer.name).weight
+    inputs = int8_model.integers[layer.input]
+    size = (weight.shape[1], 9, 9) if layer.is_conv else weight.shape[1:]   # 9: large enough
+    x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
+    no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    bare = INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None, kernel=True)
+    return bool((bare.reference(x) != bare.run_kernel(x)).any())
+
+def choose_engine(int8_model, layer, x, expected):
+    """The engine of a Layer: {"layer", "engine", "why", "compared", "different"}.
+
+    x: the integers that the layer reads; expected: the reference's outputs. "auto" chooses the
+    kernel if it cannot overflow, gives the same outputs, and is faster. compared, different: counts
+    of outputs.
+    """
+    row = {"layer": layer.name, "engine": "reference", "why": "INT8_ENGINE asks for it",
+           "compared": 0, "different": 0}
+    if INT8_ENGINE == "reference":
+        return row
+    try:
+        int8_layer = int8_model.int8_layer(layer, kernel=True)
+        found, overflows = int8_layer.run_kernel(x), kernel_overflows(int8_model, layer)
+    except (AttributeError, RuntimeError) as error:
+        if INT8_ENGINE == "onednn":
+            raise InputError(f'INT8_ENGINE = "onednn": there is no INT8 kernel for {layer.name} '
+                             f'here ({one_line(error)}); set it to "auto"') from None
+        return row | {"why": "torch has no INT8 kernel for it here"}
+    row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
+    seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
+                            x[:BATCH_SIZE], rounds=3)
+    if overflows:
+        why = "the INT8 kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
+    elif row["different"]:
+        why = "the INT8 kernel gives other integers"
+    elif min(seconds["kernel"]) > min(seconds["reference"]):
+        why = "exact, and faster than the INT8 kernel here"
+    else:
+        return row | {"engine": "onednn", "why": "exact, and faster than the reference here"}
+    return row | {"why": why} | ({"engine": "onednn"} if INT8_ENGINE == "onednn" else {})
 
 @torch.inference_mode()
-def choose_engine(int8_model, pixels=None):
-    """Prepare a model for the engine of INT8_ENGINE: "auto" takes the kernels if they are right.
+def choose_engines(int8_model, pixels=None):
+    """Prepare a model with the engine chosen for each layer, and return `choose_engine`'s rows.
 
-    They are right if they do not overflow and every activation equals the reference's on pixels,
-    uint8 (n, 3, h, w), by default noise. Returns {"compared": a count of values, "different": how
-    many of them differ, "why": the reason in words}.
+    pixels: uint8 (n, 3, h, w), by default noise, on which engines are compared.
     """
-    int8_model.prepare("reference")
-    if INT8_ENGINE == "reference":
-        return {"compared": 0, "different": 0, "why": "INT8_ENGINE asks for it"}
     if pixels is None:
         width, height = int8_model.recipe["IMAGE_SIZE"]
         noise = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
         pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
-    try:
-        overflow = kernels_overflow(int8_model)
-        kernels = copy.copy(int8_model).prepare("onednn")
-        found = activations_of(kernels, pixels)
-    except (AttributeError, RuntimeError) as error:
-        if INT8_ENGINE == "onednn":
-            reason = " ".join(str(error).split())
-            raise InputError(f'INT8_ENGINE = "onednn": there are no INT8 kernels here ({reason}); '
-                             'set it to "auto"') from None
-        return {"compared": 0, "different": 0, "why": "there are no INT8 kernels here"}
-    expected = activations_of(int8_model, pixels)
-    different = sum(int((found[name] != expected[name]).sum()) for name in ACTIVATIONS)
-    why = "its kernels agree with the reference"
-    if overflow:
-        why = "the INT8 kernels overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
-    elif different:
-        why = "this CPU's kernels give other integers"
-    if INT8_ENGINE == "onednn" or not (overflow or different):
-        int8_model.engine, int8_model.run = kernels.engine, kernels.run
-    compared = sum(values.numel() for values in expected.values())
-    return {"compared": compared, "different": different, "why": why}
+    x, rows = int8_model.quantize_pixels(pixels), []
+    for layer in LAYERS:
+        expected = int8_model.int8_layer(layer).reference(x)
+        rows.append(choose_engine(int8_model, layer, x, expected))
+        x = int8_model.next_input(layer, expected)
+    int8_model.prepare([row["layer"] for row in rows if row["engine"] == "onednn"])
+    return rows
 
 def layer_table(int8_model):
     """{heading: value per layer} of what quantization made of each layer."""
@@ -1017,7 +1116,7 @@ def gptq(weight, w_scale, hessian, integers):
     """
     # inputs that are always 0, or always alike, would make the Hessian singular
     damping = DAMPING * hessian.diagonal().mean() + SMALLEST
-    inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian), device=hessian.device))
+    inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian)).to(hessian))
     # row k of this Cholesky factor spreads weight k's error over the later weights, with the
     # earlier ones fixed; it equals removing one input after the other from the Hessian
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -1029,6 +1128,7 @@ def gptq(weight, w_scale, hessian, integers):
         weight[k:].addr_(upper[k, k:], error, alpha=-1)
     return rounded.t()
 
+@without_autocast
 def gptq_conv(conv, w_scale, inputs, integers):
     """A convolution's weight rounded by `gptq`. inputs: its integers, chunks of (n, C, h, w)."""
     hessian = 0
@@ -1066,18 +1166,14 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
     rounded = int8_model.int8_layer(layer)
     sums = [rounded.sums(x) for x in inputs]
     if recipe["BIAS_CORRECTION"]:
-        sum_scale = int8_model.sum_scale(layer).expand(len(int8.bias))
+        sum_scale = int8_model.sum_scale(layer)
         error = mean_error(expected, sums, int8.bias, sum_scale)
         error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
         change = torch.round(error * sum_scale)
         int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
     refined = int8_model.int8_layer(layer)      # with the corrected bias
     outputs = [refined.rescale(x) for x in sums]
-    if layer.is_conv:
-        outputs = [int8_model.maxpool(x) for x in outputs]
-    if layer.output == FC_INPUTS[0]:            # fc1 reads it flat
-        outputs = [x.flatten(1) for x in outputs]
-    return outputs
+    return [int8_model.next_input(layer, x) for x in outputs]
 
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
@@ -1129,41 +1225,36 @@ PICKLED_CLASSES += [f"torch.nn.modules.{name}" for name in (
     "conv.Conv2d", "batchnorm.BatchNorm2d", "activation.ReLU", "activation.Softmax",
     "pooling.MaxPool2d", "linear.Linear")]
 
-def tensors_of(module):
-    """{name: tensor} of a Placeholder that stands for a module."""
-    attributes = vars(module)
-    tensors = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
-    for name, child in attributes.get("_modules", {}).items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in tensors_of(child).items()}
-    return tensors
+def checkpoint_name(file):
+    """How an error names a checkpoint, a path or a file object."""
+    return "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
 
 def read_checkpoint(file):
-    """({name: tensor}, recipe or None) of a checkpoint, a path or a file object; or InputError."""
-    if isinstance(file, (str, Path)) and not os.path.isfile(file):
-        raise InputError(f"no checkpoint {file}: put the file there or set CHECKPOINT")
+    """What torch saved in a checkpoint, a path or a file object; or InputError."""
+    name = checkpoint_name(file)
     try:
         with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            if len({part.filename for part in parts}) < len(parts):
-                raise ValueError("two parts of one name")
-            if sum(part.file_size for part in parts) > LARGEST_CHECKPOINT:
+            if sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
                 raise ValueError("too large when unpacked")
             # copying checks each part's CRC, which torch.load does not
             checked = copy_zip(archive, zipfile.ZIP_STORED)
-        inert = [(Placeholder, name) for name in PICKLED_CLASSES]
-        quietly = warnings.catch_warnings(action="ignore")
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}; set CHECKPOINT, or put the "
+                         "file there") from None
+    except Exception as error:      # damaged bytes raise nearly every type
+        raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
+                         f"({one_line(error)}): save it anew") from None
+    inert = [(Placeholder, class_name) for class_name in PICKLED_CLASSES]
+    quietly = warnings.catch_warnings(action="ignore")
+    try:
         with quietly, torch.serialization.safe_globals(inert):
-            saved = torch.load(checked, map_location="cpu", weights_only=True)
-        model = saved["model"]
-        tensors = tensors_of(model) if isinstance(model, Placeholder) else dict(model)
-        return tensors, saved.get("recipe")
-    except Exception as error:      # damaged bytes raise nearly every type inside torch's loader
-        reason = f"is damaged, or no checkpoint of torch 1.6 or newer ({type(error).__name__})"
+            return torch.load(checked, map_location="cpu", weights_only=True)
+    except Exception as error:      # so do pickles
         # torch's message names the class or function that it refused
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
-        if unsafe:
-            reason = f"holds {unsafe[1]}, which this network does not need; it was not loaded"
-        raise InputError(f"checkpoint {file} {reason}: give {{'model': state_dict}}") from None
+        reason = f"it holds {unsafe[1]}" if unsafe else type(error).__name__
+        raise InputError(f"{name} cannot be loaded safely ({reason}): save the weights alone, "
+                         "torch.save({'model': model.state_dict()}, 'weights.pth.tar')") from None
 
 def copy_zip(archive, compression):
     """A file object with the parts of a zip archive, without times: equal parts, equal bytes."""
@@ -1174,47 +1265,61 @@ def copy_zip(archive, compression):
     file.seek(0)
     return file
 
-def problem_of(name, found, needed):
-    """What is wrong with a checkpoint's tensor, in words; None when it can stand for `needed`."""
-    if not isinstance(found, torch.Tensor):
-        return "is missing"
-    dense = found.layout == torch.strided and not found.is_meta and not found.is_quantized
-    both_real = found.is_floating_point() and needed.is_floating_point()
-    same_type = found.dtype == needed.dtype or both_real
-    if not (dense and same_type and found.shape == needed.shape):
-        return (f"is {found.layout} {found.dtype} {tuple(found.shape)}, not {needed.dtype} "
-                f"{tuple(needed.shape)}")
-    if not found.float().isfinite().all():
-        return "has a NaN or an infinity in it, as FP32"
-    if name.endswith("running_var") and (found < 0).any():
-        return "has a negative variance in it"
-    if "scale" in name and not (found.float() > 0).all():
-        return "has a scale in it that is not positive"
-    return None
+def module_values(module):
+    """{name: tensor, or eps of a batch norm} of a Placeholder that stands for a module."""
+    attributes = vars(module)
+    values = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
+    if "eps" in attributes:
+        values["eps"] = attributes["eps"]
+    for name, child in attributes.get("_modules", {}).items():
+        values |= {f"{name}.{key}": value for key, value in module_values(child).items()}
+    return values
 
-def fill(model, tensors, file):
-    """Load the tensors that a model needs; return it on DEVICE, ready to run; or InputError."""
-    needed = {name: value for name, value in model.state_dict().items()
-              if not name.endswith("num_batches_tracked")}
-    for name, value in needed.items():
-        if problem := problem_of(name, tensors.get(name), value):
-            raise InputError(f"checkpoint {file}: {name} {problem}; give one of this network")
-    model.load_state_dict({name: tensors[name] for name in needed}, strict=False)
-    return model.to(DEVICE).eval().to(memory_format=torch.channels_last)
+def weights_in(saved):
+    """{name: value} of what people save: a state_dict or a module, alone or under a usual key."""
+    for key in ("model", "state_dict", "model_state_dict", "net"):
+        if isinstance(saved, dict) and key in saved:
+            saved = saved[key]
+    values = module_values(saved) if isinstance(saved, Placeholder) else saved
+    if not isinstance(values, dict):
+        return {}
+    # DataParallel, torch.compile and Lightning put a prefix before every name
+    return {re.sub(r"^((module|_orig_mod|model)\.)+", "", str(name)): value
+            for name, value in values.items()}
 
-class InMemory(io.BytesIO):
-    """A file in memory: the network of a run, before it is saved."""
-
-    def __str__(self):          # its name in an error
-        return "of this run"
+def fill(model, values, name):
+    """Load the tensors that a model needs; return it on its device, ready to run; or InputError."""
+    needed = {key: tensor for key, tensor in model.state_dict().items()
+              if not key.endswith("num_batches_tracked")}
+    for key, tensor in needed.items():
+        found = values.get(key)
+        if not (isinstance(found, torch.Tensor) and found.is_cpu and found.layout == torch.strided):
+            keys = textwrap.shorten(", ".join(values) or "no weights", 60, placeholder=" ...")
+            raise InputError(f"{name}: {key} is missing; it holds {keys}")
+        both_real = found.is_floating_point() and tensor.is_floating_point()
+        if found.shape != tensor.shape or not (found.dtype == tensor.dtype or both_real):
+            raise InputError(f"{name}: {key} is {found.dtype} {tuple(found.shape)}, not "
+                             f"{tensor.dtype} {tuple(tensor.shape)}")
+        if not found.float().isfinite().all():
+            raise InputError(f"{name}: {key} has a NaN or an infinity in it, as FP32")
+    model.load_state_dict({key: values[key] for key in needed}, strict=False)
+    return model.to(device()).eval().to(memory_format=torch.channels_last)
 
 def load_checkpoint(file):
-    """The CNN_Model of FP32 weights: {"model": state_dict, or the notebook's CNN_Model}."""
-    tensors, recipe = read_checkpoint(file)
-    if recipe is not None:
-        raise InputError(f"checkpoint {file} is the INT8 network of a run: set CHECKPOINT to FP32 "
-                         "weights, or use INT8_Model.load in Python")
-    return fill(CNN_Model(), tensors, file)
+    """The CNN_Model of FP32 weights: {"model": state_dict}, or as `weights_in` finds them."""
+    saved, name = read_checkpoint(file), checkpoint_name(file)
+    if isinstance(saved, dict) and "recipe" in saved:
+        raise InputError(f"{name} is the INT8 network of a run: set CHECKPOINT to FP32 weights, or "
+                         "use INT8_Model.load in Python")
+    values = weights_in(saved)
+    model = fill(CNN_Model(), values, name)
+    for layer in LAYERS:
+        if layer.is_conv:
+            bn = model.get_submodule(layer.bn)
+            bn.eps = float(values.get(f"{layer.bn}.eps", bn.eps))
+            if not (bn.running_var + bn.eps > 0).all():
+                raise InputError(f"{name}: {layer.bn} has a variance that is not positive")
+    return model
 
 def int8_checkpoint(int8_model):
     """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed."""
@@ -1226,29 +1331,23 @@ def int8_checkpoint(int8_model):
 
 def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
-    tensors, recipe = read_checkpoint(file)
+    saved, name = read_checkpoint(file), checkpoint_name(file)
+    recipe = saved.get("recipe") if isinstance(saved, dict) else None
     if not isinstance(recipe, dict):
-        raise InputError(f"checkpoint {file} holds FP32 weights, or no recipe: give the "
-                         "INT8_checkpoint.pth.tar of a run")
-    # what checkpoints of earlier versions lack
-    added_later = {"WEIGHT_BIT": recipe.get("BIT"), "IMAGE_SIZE": (224, 224), "LAYER_BITS": {}}
-    recipe = {name: recipe.get(name, added_later.get(name)) for name in LEGAL_RECIPE}
+        raise InputError(f"{name} has no recipe: give the INT8_checkpoint.pth.tar of a run")
     try:
         blank = INT8_Model(recipe)
     except InputError as error:
-        raise InputError(f"checkpoint {file}: {error}") from None
-    int8_model = fill(blank, tensors, file)
+        raise InputError(f"{name}: {error}") from None
+    int8_model = fill(blank, weights_in(saved), name)
     for layer in LAYERS:
-        module = int8_model.get_submodule(layer.name)
-        for name, bit in (("weight", layer_bit(recipe, layer)), ("bias", recipe["BIAS_BIT"])):
-            limit = 2**(bit - 1) - 1
-            if (module.get_buffer(name).long().abs() > limit).any():
-                raise InputError(f"checkpoint {file}: {layer.name}.{name} has an integer in it "
-                                 f"beyond {limit}; quantize again")
+        module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
+        in_range = (module.weight.long().abs() < 2**(bit - 1)).all()
+        in_range &= (module.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
         outputs = int8_model.int8_layer(layer).largest_sum * int8_model.multiplier(layer)
-        if not outputs.isfinite().all():
-            raise InputError(f"checkpoint {file}: scales around {layer.name} overflow FP32; "
-                             "quantize again")
+        if not (in_range and outputs.isfinite().all() and (int8_model.multiplier(layer) > 0).all()):
+            raise InputError(f"{name}: {layer.name} has an integer or a scale that its recipe does "
+                             "not allow; quantize again")
     return int8_model
 
 def write_files(folder, contents):
@@ -1265,11 +1364,9 @@ def write_files(folder, contents):
         for final, path in temporary.items():
             os.replace(path, final)
     except OSError as error:
-        raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
-    finally:
         for path in temporary.values():
-            if os.path.exists(path):
-                path.unlink()
+            path.unlink(missing_ok=True)
+        raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
 
 # %% [markdown]
 # ## The passes
@@ -1277,7 +1374,7 @@ def write_files(folder, contents):
 
 # %%
 DECODED_TOGETHER = 64   # pictures decoded, then computed: at once they would fight for the cores
-TIMED_ROUNDS = 15       # the median counts
+TIMED_ROUNDS = 15       # the least counts: other programs only add to it
 ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
 
 class Predictions(NamedTuple):
@@ -1300,10 +1397,11 @@ def evaluate(name, model, pictures, observe=no_observer):
     labels, logits = [], []
     start = reported = time.perf_counter()
     together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
+    target = device()
     for decoded, their_labels in DataLoader(pictures, together, collate_fn=pictures.collate_fn):
         for first in range(0, len(decoded), BATCH_SIZE):
             batch = slice(first, first + BATCH_SIZE)
-            answers = model(decoded[batch].to(DEVICE), observe).cpu()
+            answers = model(decoded[batch].to(target), observe).cpu()
             meter.add(answers, their_labels[batch])
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()
@@ -1316,7 +1414,8 @@ def evaluate(name, model, pictures, observe=no_observer):
     files, top1 = [file for file, _ in pictures.usable()], float(meter.value()[0])
     print(f"{name} Top1: {top1:.3f}, {len(files)} of {len(pictures)} pictures of "
           f"{display_path(pictures.folder)}")
-    return Predictions(pictures, files, torch.tensor(labels), torch.tensor(logits), top1)
+    logits = torch.tensor(logits, dtype=torch.float32)
+    return Predictions(pictures, files, torch.tensor(labels), logits, top1)
 
 def calibrate(folded, pictures):
     """The FP32 pass that observes the ranges of a folded network. Returns its Predictions."""
@@ -1337,17 +1436,6 @@ def check_unchanged(step, model, other, pixels, tolerance):
         raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
                          f"{largest:.3g}: give a checkpoint with more ordinary weights")
 
-@torch.inference_mode()
-def time_networks(networks, pixels):
-    """{name: median ms per picture} of {name: network}, timed in turns on one batch of pixels."""
-    ms = {name: [] for name in networks}
-    for _ in range(TIMED_ROUNDS):
-        for name, network in networks.items():
-            start = time.perf_counter()
-            network(pixels).cpu()           # .cpu() waits for a GPU
-            ms[name].append(1e3 * (time.perf_counter() - start) / len(pixels))
-    return {name: float(np.median(times)) for name, times in ms.items()}
-
 # %% [markdown]
 # ## Comparison
 # Which answers changed, by how much, and could it be chance?
@@ -1355,7 +1443,6 @@ def time_networks(networks, pixels):
 # %%
 LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
 LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it expect changed answers
-OUTLIER = 100       # times the median: a channel this strong leaves few integers to the others
 
 def decibels(signal, noise):
     """Ratio of two energies in dB; None when there is no noise."""
@@ -1454,11 +1541,15 @@ def print_summary(report):
     columns["file bytes"] = [f"{row['file_bytes']:,}" for row in rows]
     print()
     print_columns(columns)
-    sqnr = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
-    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {sqnr}, "
+    decibels = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
+    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {decibels}, "
           f"{name} {report['speedup']:.1f} times as fast")
+    if report["busy"]:
+        print("The machine was busy with something else: times and speedup are not to be trusted.")
     if any(layer_bit(report["recipe"], layer) < 8 for layer in LAYERS):
         print("Fewer weight bits shrink the file; they do not speed it up.")
+    if sqnr is not None and sqnr < LOW_SQNR:
+        print("The SQNR is low: python tools/explain.py shows where the error arises.")
     if test["corrected"] or test["broken"]:
         verdict = "which could be chance" if test["p"] >= 0.05 else "which is more than chance"
         print(f"{name} corrects {test['corrected']} and breaks {test['broken']} of FP32's "
@@ -1476,44 +1567,6 @@ def print_summary(report):
     for row in report["skipped"][:LISTED]:
         print(f"  {shorten(row['file'], 78)}\n"
               f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")
-
-def hints(report, folded, int8_model):
-    """At most three hints on what to look at next; none where nothing stands out."""
-    top1, (low, high) = report["fp32"]["top1"], report["fp32"]["interval95"]
-    chance, images, sqnr = 100 / len(CLASSES), report["images"], report["logit_sqnr_db"]
-    bias_bit = int8_model.recipe["BIAS_BIT"]
-    biases = {layer.name: int8_model.get_submodule(layer.name).bias.long() for layer in LAYERS}
-    clipped = counts({name: bias.abs() == 2**(bias_bit - 1) - 1 for name, bias in biases.items()})
-    silent = counts({name: ranges == 0 for name, ranges in folded.ranges.items()})
-    times, name = max((outlier(folded.ranges[layer.output]), layer.output) for layer in LAYERS[:-1])
-    strongest = (f" {name}'s strongest channel is {times:,.0f} times its median one, and all share "
-                 "one scale." if times >= OUTLIER else "")
-    found = [
-        (high < chance,
-         f"FP32 Top-1 of {top1:.1f} % is worse than guessing: are cat and dog swapped, or were "
-         "the weights trained on other classes?"),
-        (low < chance <= high and images["evaluated"] >= SAMPLE,
-         f"FP32 Top-1 of {top1:.1f} % is near guessing: were the weights trained on pixels from 0 "
-         "to 255, and on these labels?"),
-        (clipped, f"BIAS_BIT = {bias_bit} clips biases ({clipped}): more bits avoid it."),
-        (sqnr is not None and sqnr < LOW_SQNR,
-         f"Logit SQNR is below {LOW_SQNR} dB: python tools/explain.py shows where the error "
-         f"arises.{strongest}"),
-        (silent, f"Channels that were never active in calibration: {silent}."),
-        (images["calibrated"] < SAMPLE,
-         f"Only {images['calibrated']} calibration pictures: other pictures may exceed their "
-         f"ranges. {SAMPLE} or more are better.")]
-    return [hint for applies, hint in found if applies][:3]
-
-def counts(masks):
-    """{name: mask} -> "2 of 8 in cv4", say, for those that are true anywhere."""
-    return ", ".join(f"{int(mask.sum())} of {len(mask)} in {name}" for name, mask in masks.items()
-                     if mask.any())
-
-def outlier(ranges):
-    """The strongest channel's range divided by the median of the active ones."""
-    active = ranges[ranges > 0]
-    return (active.max() / active.median()).item() if len(active) else 0
 
 # %% [markdown]
 # ## The table of runs
@@ -1540,23 +1593,26 @@ def add_run(path, row):
     One write appends it, so that two runs at once lose no row. A table with other columns is
     renamed, not destroyed. Raises InputError where the file cannot be written.
     """
-    header, line, text = csv_line(row), csv_line(row.values()), ""
+    columns, lines = list(row), []
+    header = csv_line(columns)
     try:
         if path.exists():
             text = path.read_bytes().decode("utf-8", "replace").replace("\r", "")
-        if text and not text.startswith(header):
-            aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}")
+            lines = text.splitlines(keepends=True)
+        if lines and lines[0] != header:
+            aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
             path.rename(aside)
             print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
-            text = ""
-        unfinished = text and not text.endswith("\n")       # its last line
-        before = header if not text else "\n" if unfinished else ""
+            lines = []
+        before = "" if lines else header
+        if lines and not lines[-1].endswith("\n"):      # as an editor may have left it
+            before = "\n"
         with open(path, "ab") as file:
-            file.write((before + line).encode())
+            file.write((before + csv_line(row.values())).encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}; set OUTPUT_DIR") from None
-    rows = [parsed_run(each, list(row)) for each in text.splitlines(keepends=True)
-            if each.strip() and each != header]     # two first runs at once make two headers
+    rows = [parsed_run(line, columns) for line in lines
+            if line.strip() and line != header]     # two first runs at once write two headers
     if None in rows:
         print(f"{display_path(path)}: {rows.count(None)} rows cannot be read and are left out")
     return [each for each in rows if each] + [row]
@@ -1573,7 +1629,7 @@ def parsed_run(line, columns):
         for name in ("sqnr_db", "same_class", "top1", "p", "ms", "bytes"):
             float(row[name])
         return row
-    except (ValueError, csv.Error, StopIteration):
+    except (ValueError, csv.Error):
         return None
 
 def print_runs(rows):
@@ -1624,7 +1680,7 @@ if __name__ == "__main__":
     prepare_process()
     constants = read_constants()
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
-    print(f"device {DEVICE}, torch {torch.__version__}")
+    print(f"device {device()}, torch {torch.__version__}")
     output = resolve_path(OUTPUT_DIR)
     evaluation = calibration = CatDogDataset(resolve_path(DATA_DIR, EVALUATION_SPLIT))
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
@@ -1688,17 +1744,22 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Verify
-# The kernels are used if they do not overflow and every activation equals the reference's on these
-# pictures, or if INT8_ENGINE forces them. Then both networks are timed, in turns.
+# A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on these
+# pictures and is faster, or if INT8_ENGINE forces it. Then both networks are timed, in turns.
 
 # %%
 if __name__ == "__main__":
     constants |= read_constants(["INT8_ENGINE"])
-    kernel_check = choose_engine(int8_model, pixels)
-    print(f"{name_of(recipe)} engine {int8_model.engine}: {kernel_check['why']}")
-    print(f"{kernel_check['compared']:,} values of {len(pixels)} pictures compared, "
-          f"{kernel_check['different']:,} differ")
-    ms = time_networks({"fp32": folded, "int8": int8_model}, pixels[:BATCH_SIZE])
+    engines = choose_engines(int8_model, pixels)
+    for engine, why in dict.fromkeys((row["engine"], row["why"]) for row in engines):
+        of_kind = [row for row in engines if (row["engine"], row["why"]) == (engine, why)]
+        print(f"{engine} for {', '.join(row['layer'] for row in of_kind)}: {why}\n"
+              f"  {sum(row['compared'] for row in of_kind):,} values of {len(pixels)} pictures "
+              f"compared, {sum(row['different'] for row in of_kind):,} differ")
+    batch = pixels[:BATCH_SIZE]
+    seconds = time_in_turns({"fp32": folded, "int8": int8_model}, batch, TIMED_ROUNDS)
+    ms = {name: 1000 * min(times) / len(batch) for name, times in seconds.items()}
+    busy = any(max(times) > 2 * min(times) for times in seconds.values())
 
 # %% [markdown]
 # ### Evaluate
@@ -1720,19 +1781,18 @@ if __name__ == "__main__":
                for pictures in (calibration, evaluation)
                for file, reason in pictures.skipped.items()}
     report = {
-        "constants": constants, "recipe": recipe, "torch": torch.__version__, "device": str(DEVICE),
+        "constants": constants, "recipe": recipe,
+        "torch": torch.__version__, "device": str(device()),
         "inputs": {"evaluation_crc": evaluation.checksum(),
                    "calibration_crc": calibration.checksum(),
                    "checkpoint_crc": zlib.crc32(fp32_file)},
         "images": {"evaluated": len(int8.files), "calibrated": len(calibrated.files)},
         "skipped": [{"file": file, "reason": reason} for file, reason in sorted(skipped.items())],
-        "engine": int8_model.engine, "kernel_check": kernel_check, "layers": layers,
+        "engines": engines, "layers": layers, "busy": busy,
         "speedup": ms["fp32"] / ms["int8"], **compare(fp32, int8)}
     report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_file)}
     report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(int8_file)}
     print_summary(report)
-    for hint in hints(report, folded, int8_model):
-        print(textwrap.fill(f"Hint: {hint}", 80))
 
 # %% [markdown]
 # ### Save
@@ -1741,7 +1801,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    loaded = INT8_Model.load(InMemory(int8_file))
+    loaded = INT8_Model.load(io.BytesIO(int8_file))
     check_unchanged("saving and loading", int8_model, loaded, pixels, 0)
     report_json = (json.dumps(report, indent=1) + "\n").encode()
     write_files(output, {"INT8_checkpoint.pth.tar": int8_file, "report.json": report_json})

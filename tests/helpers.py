@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import quantize_catdog as script
 import torch
-from PIL import Image
+from PIL import PngImagePlugin
 from torch.utils.data import DataLoader
 
 import oracle
@@ -28,9 +28,10 @@ SCRIPT = ROOT / "quantize_catdog.py"
 README = (ROOT / "README.md").read_text()
 PICTURES = ROOT / "cat_dog" / "val"
 SIZE = (224, 224)
-LAYERS, ACTIVATIONS, DEVICE = script.LAYERS, script.ACTIVATIONS, script.DEVICE
+LAYERS, ACTIVATIONS, DEVICE = script.LAYERS, script.ACTIVATIONS, script.device()
 METHODS = ("EQUALIZE", "GPTQ", "BIAS_CORRECTION")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}      # for processes: where others hold its core a second one costs minutes
+EVERY_LAYER = [layer.name for layer in LAYERS]
 KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where the INT8 kernels must be exact
 
 
@@ -60,7 +61,8 @@ def run_here(path, *words):
         patch.chdir("/")
         patch.setattr(sys, "argv", [str(path), *words])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        patch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", PngImagePlugin.MAX_TEXT_CHUNK)
+        patch.setenv("GOMP_SPINCOUNT", "10000")
         patch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

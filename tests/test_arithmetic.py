@@ -23,6 +23,7 @@ import oracle
 from helpers import (
     ACTIVATIONS,
     DEVICE,
+    EVERY_LAYER,
     KERNELS,
     LAYERS,
     MANY,
@@ -42,7 +43,7 @@ from helpers import (
     scales_of,
 )
 
-ENGINES = ["reference", "onednn"] if KERNELS else ["reference"]
+ENGINES = {"reference": [], "onednn": EVERY_LAYER} if KERNELS else {"reference": []}     # layers with kernels
 MIXED = default()._replace(layer_bits={"cnn2": 2, "cnn4": 3, "fc1": 4})        # the others have 8
 NOTEBOOKS = [*[notebook(bit) for bit in range(2, 9)], notebook(8, 4), notebook(4, 8)]
 CASES = [*[default(bit) for bit in range(2, 9)], default(8, 4), default(8, 7), default(4, 8), *NOTEBOOKS]
@@ -110,13 +111,13 @@ def assert_same_values(found, expected):
 def assert_same_pass(recipe, int8, pixels):
     """Every layer's integers, and the logits, of both engines are the oracle's; return what was computed."""
     expected, totals, expected_logits = oracle.int8_pass(recipe, pixels.numpy(), scales_of(int8), integers_of(int8))
-    found, logits = run(int8.prepare("reference"), pixels)
+    found, logits = run(int8.prepare([]), pixels)
     assert list(found) == ACTIVATIONS
     for name in expected:
         np.testing.assert_array_equal(found[name].numpy(), expected[name], err_msg=name)
     np.testing.assert_allclose(logits, expected_logits, rtol=1e-6, atol=1e-6 * np.abs(expected_logits).max())
     if KERNELS:
-        fast, fast_logits = run(int8.prepare("onednn"), pixels)
+        fast, fast_logits = run(int8.prepare(EVERY_LAYER), pixels)
         assert_same_values(fast, found)
         assert torch.equal(fast_logits, logits)
     return SimpleNamespace(activations=found, logits=logits, totals=totals)
@@ -333,7 +334,7 @@ def test_a_picture_has_the_same_values_to_the_last_bit_in_any_batch(height, widt
     int8 = calibrated.cl_scale(as_constants(default()) | {"IMAGE_SIZE": (width, height)})
     torch.set_num_threads(threads)
     try:
-        for model in (network(STATE), calibrated, *[copy.copy(int8).prepare(engine) for engine in ENGINES]):
+        for model in (network(STATE), calibrated, *[copy.copy(int8).prepare(kernels) for kernels in ENGINES.values()]):
             values = values_of(model, pixels)
             for batch in (slice(1), slice(3, 4), slice(2), slice(1, 4)):
                 same = {name: value[batch] for name, value in values.items()}
@@ -364,7 +365,7 @@ def any_network(request, calibrated):
         return network(STATE)
     if request.param == "folded":
         return calibrated
-    return calibrated.cl_scale(as_constants(default())).prepare(request.param)
+    return calibrated.cl_scale(as_constants(default())).prepare(ENGINES[request.param])
 
 
 @torch.no_grad()
@@ -496,7 +497,7 @@ def test_pixels_of_another_type_or_size_are_refused(calibrated):
                        PIXELS[0], PIXELS.permute(0, 2, 3, 1)):
             with pytest.raises(script.InputError, match=r"uint8 .*\(n, 3, 224, 224\)"):
                 int8(pixels.to(DEVICE))
-        int8.prepare("reference")
+        int8.prepare([])
     oblong = calibrated.cl_scale(as_constants(default()) | {"IMAGE_SIZE": (227, 212)})      # width, height
     pixels = torch.zeros(2, 3, 212, 227, dtype=torch.uint8, device=DEVICE)
     assert oblong(pixels).shape == (2, 2)
@@ -535,45 +536,45 @@ def fresh(int8):
     return other
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_prepared_again_a_network_runs_the_tensors_that_it_has_now(engine, calibrated):
+@pytest.mark.parametrize("kernels", ENGINES.values(), ids=ENGINES)
+def test_prepared_again_a_network_runs_the_tensors_that_it_has_now(kernels, calibrated):
     int8 = calibrated.cl_scale(as_constants(default()._replace(quantize_logits=True)))
-    assert int8.run is int8.engine is None
-    assert int8.prepare(engine) is int8 and int8.engine == engine and list(int8.run) == [layer.name for layer in LAYERS]
-    kernels = [layer.packed is not None for layer in int8.run.values()]
-    assert kernels == [engine == "onednn"] * 5 + [False]                        # fc2's two outputs need no kernel
+    assert int8.run is int8.kernels is None
+    assert int8.prepare(kernels) is int8 and int8.kernels == kernels and list(int8.run) == EVERY_LAYER
+    assert [name for name, layer in int8.run.items() if layer.kernel is not None] == kernels
     pixels, values = PIXELS[:1], values_of(int8, PIXELS[:1])
     for name, tensor in int8.named_buffers():
         before = tensor.clone()
         tensor.copy_(tensor * 0.8 if tensor.is_floating_point() else -tensor)
-        changed = values_of(int8.prepare(engine), pixels)
-        assert_same_values(changed, values_of(fresh(int8).prepare(engine), pixels))
+        changed = values_of(int8.prepare(kernels), pixels)
+        assert_same_values(changed, values_of(fresh(int8).prepare(kernels), pixels))
         assert not torch.equal(changed["fc2"], values["fc2"]) or name == "scale_fc2", name
         tensor.copy_(before)
-    assert_same_values(values_of(int8.prepare(engine), pixels), values)
+    assert_same_values(values_of(int8.prepare(kernels), pixels), values)
 
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda int8: pickle.loads(pickle.dumps(int8)),
           "checkpoint": lambda int8: script.INT8_Model.load(io.BytesIO(script.int8_checkpoint(int8)))}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kernels", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("kind", COPIES)
-def test_copies_have_no_engine_until_one_is_verified(kind, engine, calibrated, monkeypatch):
-    int8 = calibrated.cl_scale(as_constants(default())).prepare(engine)
+def test_copies_have_no_engine_until_one_is_verified(kind, kernels, calibrated, monkeypatch):
+    int8 = calibrated.cl_scale(as_constants(default())).prepare(kernels)
     values, logits = run(int8, PIXELS)
     prepared, other = int8.run, COPIES[kind](int8)
-    assert other.run is other.engine is None
-    verified, choose_engine = [], script.choose_engine
-    monkeypatch.setattr(script, "choose_engine", lambda model: verified.append(model) or choose_engine(model))
+    assert other.run is other.kernels is None
+    verified, choose_engines = [], script.choose_engines
+    monkeypatch.setattr(script, "choose_engines", lambda model: verified.append(model) or choose_engines(model))
     found, found_logits = run(other, PIXELS)
     assert_same_values(found, values)
-    assert torch.equal(found_logits, logits) and verified == [other] and other.engine == ENGINES[-1]
-    assert int8.run is prepared and int8.engine == engine
+    assert torch.equal(found_logits, logits) and verified == [other] and list(other.run) == EVERY_LAYER
+    assert "cnn2" in other.kernels or not KERNELS
+    assert int8.run is prepared and int8.kernels == kernels
     if kind != "copy":                                                          # its tensors are its own
         other.fc1.weight.neg_()
-        assert not torch.equal(values_of(other.prepare(engine), PIXELS)["fc1"], values["fc1"])
-        assert_same_values(values_of(int8.prepare(engine), PIXELS), values)
+        assert not torch.equal(values_of(other.prepare(kernels), PIXELS)["fc1"], values["fc1"])
+        assert_same_values(values_of(int8.prepare(kernels), PIXELS), values)
 
 
 def test_two_threads_on_a_fresh_network(calibrated, monkeypatch):
@@ -608,21 +609,19 @@ def sums_of_pairs(layer, x, largest):
     return layer.rescale(sums.float().reshape(exact.shape))
 
 
-@pytest.mark.parametrize("layer", LAYERS[:-1], ids=lambda layer: layer.name)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_kernels_that_add_pairs_in_16_bits_overflow(layer, calibrated, monkeypatch):
     """As x86 without VNNI does, in any single layer; 7-bit weights and signed activations stay below 2^15."""
     def overflows(**changes):
         int8 = calibrated.cl_scale(as_constants(default()._replace(**changes)))
-        for other in set(LAYERS) - {layer}:
-            int8.get_submodule(other.name).weight.zero_()
-        return script.kernels_overflow(int8)
+        return script.kernel_overflows(int8, layer)
 
     assert not KERNELS or not overflows()                                               # this CPU's own
-    monkeypatch.setattr(script.INT8Layer, "pack", lambda layer, weight: weight)
-    monkeypatch.setattr(script.INT8Layer, "kernel", lambda layer, x: sums_of_pairs(layer, x, 2**15 - 1))
+    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer, weight: weight)
+    monkeypatch.setattr(script.INT8Layer, "run_kernel", lambda layer, x: sums_of_pairs(layer, x, 2**15 - 1))
     assert overflows() is True
     assert overflows(weight_bit=7) is False and overflows(unsigned=False) is False
-    monkeypatch.setattr(script.INT8Layer, "kernel", lambda layer, x: sums_of_pairs(layer, x, 2**31 - 1))
+    monkeypatch.setattr(script.INT8Layer, "run_kernel", lambda layer, x: sums_of_pairs(layer, x, 2**31 - 1))
     assert overflows() is False
 
 
@@ -654,7 +653,7 @@ def test_sums_beyond_24_bits_are_exact():
     middle = rng.integers(-120, 121, 512)
     int8.fc1.bias.copy_(torch.from_numpy(middle - sums))
     # eight pictures: with fewer, float32 kernels add in an order that happens to round nothing
-    found = run(int8.prepare("reference"), PIXELS.repeat(4, 1, 1, 1))[0]
+    found = run(int8.prepare([]), PIXELS.repeat(4, 1, 1, 1))[0]
     assert torch.equal(found["cv4"].float().amax((0, 2, 3)), inputs.float())
     # sum and bias are each rounded to float32, which above 2^24 holds every second integer
     exact = sums.astype(np.float32) + (middle - sums).astype(np.float32)

@@ -154,7 +154,7 @@ class INT8_Model:
         assert path.is_file() and prepared
         return Network(0.45)
 
-def choose_engine(int8_model, pixels):
+def choose_engines(int8_model, pixels):
     int8_model.seconds = 0.075
 
 class CatDogDataset:

@@ -49,9 +49,10 @@ from helpers import (
 sys.path.insert(0, str(ROOT / "tools"))
 import draw_report  # noqa: E402
 import explain  # noqa: E402
+import hints  # noqa: E402
 import sweep_bits  # noqa: E402
 
-MODULES = {"quantize_catdog": script, "draw_report": draw_report, "sweep_bits": sweep_bits}
+MODULES = {"quantize_catdog": script, "draw_report": draw_report, "hints": hints, "sweep_bits": sweep_bits}
 LAYERS = [row[0] for row in oracle.LAYERS]
 FEW, OTHERS = MANY[:3], random_pixels(7, seed=9)        # 7: not a whole number of chunks
 
@@ -547,11 +548,10 @@ def test_setting_can_be_pasted(capsys, planted):
 
 def test_each_network_is_run_by_an_engine_that_is_right_for_it(folded, monkeypatch):
     """Kernels that overflow with weights of 8 bits, as on a CPU without VNNI, run the others."""
-    monkeypatch.setattr(script, "kernels_overflow", lambda model: any(
-        script.layer_bit(model.recipe, layer) == 8 for layer in script.LAYERS))
+    monkeypatch.setattr(script, "kernel_overflows", lambda model, layer: script.layer_bit(model.recipe, layer) == 8)
     sweep = sweep_of(folded)
-    engines = [sweep.quantized(changes)[0].engine for changes in ({}, {"WEIGHT_BIT": 7}, {"BIT": 3})]
-    assert engines == ["reference", "onednn" if KERNELS else "reference", "reference"]
+    kernels = [sweep.quantized(changes)[0].kernels for changes in ({}, {"WEIGHT_BIT": 7}, {"BIT": 3})]
+    assert kernels[0] == kernels[2] == [] and ("cnn2" in kernels[1]) == KERNELS
 
 
 def test_time_left_is_shown_every_ten_seconds(folded, few_widths, monkeypatch, capsys):
@@ -571,7 +571,7 @@ def test_time_left_is_shown_every_ten_seconds(folded, few_widths, monkeypatch, c
 def start(folder):
     """The tool in a folder with the script, as in the project; it tries two widths instead of seven."""
     (folder / "tools").mkdir(exist_ok=True)
-    for name in ("explain", "draw_report", "sweep_bits"):
+    for name in ("explain", "draw_report", "hints", "sweep_bits"):
         text = (ROOT / "tools" / f"{name}.py").read_text()
         text, count = re.subn(r"(?m)^WIDTHS = range\(8, 1, -1\)", "WIDTHS = 8, 5", text)
         assert count == (name == "sweep_bits")
@@ -607,7 +607,7 @@ def test_it_explains_the_network_of_the_run(swept):
     place, report, found, _ = swept
     assert not {file.read_bytes() for file in place.train.iterdir()} & {
         file.read_bytes() for file in place.val.iterdir()}
-    for key in ("constants", "recipe", "agreement", "flips", "logit_sqnr_db", "mcnemar", "images", "engine", "torch"):
+    for key in ("constants", "recipe", "agreement", "flips", "logit_sqnr_db", "mcnemar", "images", "torch"):
         assert found[key] == report[key], key
     for name in ("fp32", "int8"):
         assert all(report[name][key] == value for key, value in found[name].items())
@@ -672,6 +672,26 @@ def place(tmp_path):
     return Place(tmp_path, 2)
 
 
+def test_hints_of_runs(swept, place):
+    """Of what calibration saw, and of biases that 9 bits clip."""
+    def of(out):
+        return " ".join(out.partition("changed their class\n")[2].partition("Where does")[0].split())
+
+    def where(masks):
+        return ", ".join(f"{int(mask.sum())} of {len(mask)} in {name}" for name, mask in masks.items() if mask.any())
+    folded = script.load_checkpoint(place.checkpoint).fused()
+    script.calibrate(folded, script.CatDogDataset(place.train))
+    silent = where({name: folded.ranges[name] == 0 for name in ACTIVATIONS})
+    assert silent and of(swept[3]).startswith(
+        f"Hint: Channels that were never active in calibration: {silent}. Hint: Only 6 calibration pictures: ")
+    status, out, err = explained(place, "plain", "BIAS_BIT=9")
+    assert (status, err) == (0, "")
+    recipe = script.read_constants(script.LEGAL_RECIPE) | script.PRESETS["plain"] | {"BIAS_BIT": 9}
+    int8 = script.quantize_network(folded, None, recipe)[1]
+    clipped = where({layer: int8.get_submodule(layer).bias.abs() == 255 for layer in LAYERS})
+    assert clipped and f"Hint: BIAS_BIT = 9 clips biases ({clipped}): " in of(out)
+
+
 def test_other_recipes_same_split_and_odd_names(place):
     """Every branch of the tables: logits in integers, no equalization, one split for both, long names."""
     for file in list(place.val.iterdir()):
@@ -724,7 +744,7 @@ def test_bad_input_ends_it_with_one_line_and_leaves_what_was_there(place, monkey
             (["BIT = 9", "2 to 8"], [], {"BIT": 9}),
             (["BIT = 1", "2 to 8"], ["--bits", "BIT=1"], {}),
             (["--bit: no constant of this name, did you mean BIT?"], ["--bit"], {}),
-            (["no checkpoint", "set CHECKPOINT"], [], {"CHECKPOINT": "nowhere.pth.tar"}),
+            (["nowhere.pth.tar cannot be read", "set CHECKPOINT"], [], {"CHECKPOINT": "nowhere.pth.tar"}),
             (["no usable picture", "DATA_DIR"], [], {"DATA_DIR": "nowhere"}),
             (["cannot write", "set OUTPUT_DIR"], [], {"OUTPUT_DIR": "BEST_checkpoint.pth.tar"}),
             (["cannot write", "No space left on device", "OUTPUT_DIR"], [], {})):

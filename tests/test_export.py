@@ -93,7 +93,7 @@ def engine_of(name, content):
 
 
 def skip_where_kernels_overflow(model):
-    if script.kernels_overflow(model):
+    if any(script.kernel_overflows(model, layer) for layer in script.LAYERS):
         pytest.skip("this CPU adds pairs of products in 16 bits, and so do the engines: their answers are others")
 
 
@@ -146,7 +146,7 @@ def answers(run, pixels, batch):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_answer_as_the_script(engine, exported, network, pictures):
-    """The logits of all 100 pictures: no rounding tie moves any of them."""
+    """A rounding tie moves the logits of few of 100 pictures, by less than the INT8 network's own error."""
     model = network("default")
     skip_where_kernels_overflow(model)
     run = engine_of(engine, exported[0].read_bytes())
@@ -155,7 +155,8 @@ def test_engines_answer_as_the_script(engine, exported, network, pictures):
     for batch in (1, 5):
         logits = answers(run, pictures, batch)
         assert (logits.argmax(1) == expected.argmax(1)).all() and len(logits) == 100
-        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        change = np.abs(logits - expected).max(1)
+        assert (change > 1e-5).sum() <= 10 and change.max() < 0.01
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -220,39 +221,48 @@ def test_openvino_runs_only_integer_kernels(exported):
 
 def test_the_tool_prints_its_check(exported):
     path, out = exported
-    found = re.search(rf"ONNX Runtime {onnxruntime.__version__}: 100 of 100 classes are the script's; logit SQNR "
-                     r"([\d.]+) dB,\n  largest change of a logit ([\d.e-]+), below 80 dB 0 of 100\n", out)
-    assert float(found[1]) > 80 and float(found[2]) < 1e-3
+    found = re.search(rf"ONNX Runtime {onnxruntime.__version__}: 100 of 100 classes are the script's;\n  a rounding "
+                      r"step moved (\d+) of 100 pictures; SQNR against FP32 ([\d.]+) dB \(script ([\d.]+) dB\)\n", out)
+    assert int(found[1]) <= 10 and 35 < float(found[2]) == pytest.approx(float(found[3]), abs=0.11)
     assert out.splitlines()[-1] == f"wrote {path}, {path.stat().st_size:,} bytes"
 
 
-@pytest.mark.parametrize("moved, others, sqnr, near", [(0, 0, 80.3, True), (5, 0, 80.4, True), (6, 0, 80.4, False),
-                                                       (0, 1, 14.0, False)])
-def test_bound_of_the_check(moved, others, sqnr, near, capsys):
-    """Logits 3 and -3: 80 dB below them is 3e-4. 5 of 100 may move further; no class may be another."""
+def answers_of(kind):
+    """(logits, by_script, fp32) of 100 pictures: the script is 40 dB away from FP32, an engine as `kind` says."""
     by_script = np.tile(np.float32([3, -3]), (100, 1))
-    logits = by_script + np.float32(2.9e-4)
-    logits[:moved] = by_script[:moved] + np.float32([3.1e-4, 0])
-    logits[100 - others:] = -by_script[100 - others:]
+    error = np.where(np.arange(200).reshape(100, 2) % 3, 0.03, -0.03).astype(np.float32)
+    logits, fp32 = by_script.copy(), by_script + error
+    if kind == "six moved":
+        logits[:6] += np.float32([0.02, 0])
+    elif kind == "another class":
+        logits[50] = -logits[50]
+    elif kind == "another class at a tie":
+        by_script[50] = fp32[50] = [0.01, -0.01]
+        logits[50] = [-0.01, 0.01]
+    elif kind == "error doubled":
+        logits -= error
+    elif kind == "NaN":
+        logits[99, 1] = np.nan
+    return logits, by_script, fp32
+
+
+@pytest.mark.parametrize("kind, same, moved, near", [
+    ("the script's", 100, 0, True), ("six moved", 100, 6, True), ("another class", 99, 1, False),
+    ("another class at a tie", 99, 1, True), ("error doubled", 100, 100, False), ("NaN", 99, 1, False)])
+def test_bound_of_the_check(kind, same, moved, near, capsys, network, monkeypatch):
+    """VNNI is named where kernels overflow, and there alone."""
+    overflow = []
+    monkeypatch.setattr(script, "kernel_overflows", lambda model, layer: layer.name in overflow)
     if near:
-        export_onnx.check_answers("engine", logits, by_script)
+        export_onnx.check_answers("engine", *answers_of(kind), None)
     else:
-        with pytest.raises(script.InputError, match="^engine does not answer as the script does"):
-            export_onnx.check_answers("engine", logits, by_script)
-    printed = capsys.readouterr().out
-    assert f"engine: {100 - others} of 100 classes are the script's; logit SQNR {sqnr:.1f} dB,\n" in printed
-    assert printed.endswith(f", below 80 dB {moved + others} of 100\n")
-
-
-def test_tie_and_nan_in_the_check():
-    by_script = np.tile(np.float32([3, -3]), (100, 1))
-    by_script[0] = [1e-4, 0]
-    logits = by_script.copy()
-    logits[0] = [0, 1e-4]                                       # a tie may fall either way
-    export_onnx.check_answers("engine", logits, by_script)
-    logits[1:] = np.nan
-    with pytest.raises(script.InputError):
-        export_onnx.check_answers("engine", logits, by_script)
+        with pytest.raises(script.InputError, match="^engine does not answer as the script does: no file is written.$"):
+            export_onnx.check_answers("engine", *answers_of(kind), None)
+        overflow.append("cnn2")
+        with pytest.raises(script.InputError, match=r"kernels of cnn2 overflow .*\(no VNNI\): .* WEIGHT_BIT = 7\.$"):
+            export_onnx.check_answers("engine", *answers_of(kind), None)
+    assert (f"engine: {same} of 100 classes are the script's;\n  a rounding step moved {moved} of 100 pictures; "
+            "SQNR against FP32 ") in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -278,22 +288,20 @@ def stopped_with(monkeypatch, checkpoint, output):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("layer, channel, before", [("cnn1", 3, None), ("cnn4", 0, b"of a run before"),
-                                                    ("fc1", slice(None), None), ("fc2", 1, b"of a run before")])
-def test_a_wrong_scale_is_refused(layer, channel, before, checkpoint, ten_pictures, tmp_path, monkeypatch):
-    """One that is 1 % too large: no file is written, and one that was there stays."""
-    right = export_onnx.weight_scale
+@pytest.mark.parametrize("layer, before", [("cnn1", None), ("cnn4", b"of a run before"), ("fc1", None),
+                                           ("fc2", b"of a run before")])
+def test_a_wrong_scale_is_refused(layer, before, checkpoint, ten_pictures, tmp_path, monkeypatch):
+    """One that is 10 % too small: no file is written, and one that was there stays."""
+    right = export_onnx.arrays_of
 
-    def wrong(model, of):
-        scale = right(model, of)
-        if of.name == layer:
-            scale[channel] *= np.float32(1.01)
-        return scale
+    def wrong(model):
+        arrays = right(model)
+        return arrays | {f"{layer}.w_scale": arrays[f"{layer}.w_scale"] * np.float32(0.9)}
 
     output = tmp_path / "INT8.onnx"
     if before:
         output.write_bytes(before)
-    monkeypatch.setattr(export_onnx, "weight_scale", wrong)
+    monkeypatch.setattr(export_onnx, "arrays_of", wrong)
     line = stopped_with(monkeypatch, checkpoint, output)
     assert re.match("ONNX Runtime [0-9.]+ does not answer as the script does: no file is written", line)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([before] if before else [])

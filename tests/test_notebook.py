@@ -98,7 +98,7 @@ EVALUATE, SAVE = "int8 = evaluate(", "print_runs(add_run("
 def test_as_a_notebook(places, notebook):
     place, plain = places
     assert_same_run(place, plain)
-    assert "26,616,840" not in notebook.printed("choose_engine(int8_model, pixels)")        # of 6 pictures here
+    assert "26,616,840" not in notebook.printed("choose_engines(int8_model, pixels)")        # of 6 pictures here
     assert "INT8 Top1: " in notebook.printed(EVALUATE)
 
     # a constant edited, its cell and those below run again: nothing is left over from the run before

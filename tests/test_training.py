@@ -97,3 +97,60 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     resumed = torch.load(tmp_path / "c.pth.tar", weights_only=True)["model"]
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder of 24 pictures, whose folders' names are their labels."""
+    for i in range(12):
+        for kind in ("cats", "dogs"):
+            (tmp_path / "pets" / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30), (20 * i, 200 * (kind == "cats"), 30)).save(tmp_path / "pets" / kind / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def test_own_photographs_are_trained_on_from_given_weights(folders, tmp_path, monkeypatch, capsys):
+    """With a learning rate of almost 0 the weights stay those of --start; the shipped ones are not written over."""
+    shipped = (ROOT / "BEST_checkpoint.pth.tar").read_bytes()
+    train(monkeypatch, tmp_path, "--photos", str(folders), "--epochs", "1", "--lr", "1e-12", "--weight-decay", "0",
+          "--start", str(ROOT / "BEST_checkpoint.pth.tar"))
+    assert "22 pictures to train on, 2 held out" in capsys.readouterr().out
+    start, end = [script.load_checkpoint(path).state_dict()
+                  for path in (ROOT / "BEST_checkpoint.pth.tar", tmp_path / "c.pth.tar")]
+    for name in ("cnn1.weight", "cnn1.bias", "bn2.weight", "fc1.weight", "fc2.bias"):
+        torch.testing.assert_close(end[name], start[name], rtol=1e-4, atol=1e-5)
+    assert (ROOT / "BEST_checkpoint.pth.tar").read_bytes() == shipped
+    monkeypatch.setattr(sys, "argv", ["train_checkpoint.py", "--photos", str(folders), "--epochs", "0",
+                                      "--cache", str(tmp_path / "cache"), "--batch", "16"])
+    monkeypatch.setattr(train_checkpoint, "ROOT", tmp_path)
+    train_checkpoint.main()
+    assert (tmp_path / "results" / "trained_checkpoint.pth.tar").exists()
+
+
+def test_what_cannot_train_is_refused_in_one_line(folders, tmp_path, monkeypatch):
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            train(monkeypatch, tmp_path, "--epochs", "1", *arguments)
+        assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
+        return ended.value.code
+    assert "fewer pictures than a batch of 64" in refused("--photos", str(folders), "--batch", "64")
+    (tmp_path / "one").mkdir()
+    for i in range(20):
+        Image.new("RGB", (9, 9)).save(tmp_path / "one" / f"cat.{i}.png")
+    assert "all are of one class" in refused("--photos", str(tmp_path / "one"))
+    (tmp_path / "birds").mkdir()
+    assert "no usable picture in" in refused("--photos", str(tmp_path / "birds"))
+    assert "checkpoint" in refused("--photos", str(folders), "--start", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "c.pth.tar").exists()
+
+
+def test_a_training_on_other_pictures_is_not_gone_on_with(folders, tmp_path, monkeypatch):
+    """Unless that is asked for. A picture that was replaced is another one."""
+    train(monkeypatch, tmp_path, "--photos", str(folders), "--epochs", "1")
+    before = (tmp_path / "c.pth.tar").read_bytes()
+    Image.new("RGB", (40, 30), "white").save(folders / "cats" / "0.png")
+    with pytest.raises(SystemExit, match="of a training on other pictures: delete it, or give --resume"):
+        train(monkeypatch, tmp_path, "--photos", str(folders), "--epochs", "2")
+    assert (tmp_path / "c.pth.tar").read_bytes() == before
+    train(monkeypatch, tmp_path, "--photos", str(folders), "--epochs", "2", "--resume")
+    assert torch.load(tmp_path / "c.pth.tar", weights_only=True)["epochs"] == 2

@@ -158,9 +158,10 @@ def quantized(folded, pixels):
         folded(chunk, folded.update_range)
     sample, recipe = pixels[:script.SAMPLE], script.read_constants(script.LEGAL_RECIPE)
     _, int8_model = script.quantize_network(folded, sample, recipe)
-    check = script.choose_engine(int8_model, sample)
-    print(f"script: {int8_model.engine}, {check['compared']:,} values compared with the reference, "
-          f"{check['different']:,} differ")
+    rows = script.choose_engines(int8_model, sample)
+    print(f"script: INT8 kernels for {', '.join(int8_model.kernels) or 'no layer'}, "
+          f"{sum(row['compared'] for row in rows):,} values compared with the reference, "
+          f"{sum(row['different'] for row in rows):,} differ")
     return int8_model
 
 

@@ -145,7 +145,7 @@ def parts_alone(folder):
     seconds = [time.perf_counter() - start]
     fp32 = script.load_checkpoint(folder / CHECKPOINT).fused()
     int8 = script.INT8_Model.load(folder / "results" / "INT8_checkpoint.pth.tar")
-    script.choose_engine(int8, batches[0])
+    script.choose_engines(int8, batches[0])
     with torch.inference_mode():
         for network in (fp32, int8):
             start = time.perf_counter()

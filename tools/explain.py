@@ -19,7 +19,7 @@ constants of the notebook's cells and shows the picture below its own cell.
 import sys
 
 if __name__ == "__main__":
-    for module in ("quantize_catdog", "draw_report", "sweep_bits"):
+    for module in ("quantize_catdog", "draw_report", "hints", "sweep_bits"):
         sys.modules.pop(module, None)       # a notebook's kernel may hold an older one
 
 import copy
@@ -35,6 +35,7 @@ from torch.func import functional_call
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from draw_report import SHOWN, draw_report, small_jpeg
+from hints import hints
 from sweep_bits import (
     SWEPT,
     Sweep,
@@ -269,7 +270,7 @@ def calibration_curve(folded, int8_model, maxima, calibration_pixels, pixels, fp
         if count < total:
             part.reset_ranges()
             for name, found in maxima.items():
-                part.update_range(name, found[:count].to(script.DEVICE))
+                part.update_range(name, found[:count].to(script.device()))
             other = script.quantize_network(part, calibration_pixels[:count], int8_model.recipe)[1]
         logits = logits_of(other, pixels)
         classes.append(logits.argmax(1))
@@ -536,16 +537,19 @@ def main():
     pixels, calibration_pixels = [pictures.first_pixels(script.SAMPLE)
                                   for pictures in (evaluation, calibration)]
     fp32_model, int8_model = script.quantize_network(folded, calibration_pixels, recipe)
-    script.choose_engine(int8_model, pixels)
+    engines = script.choose_engines(int8_model, pixels)
     int8 = script.evaluate(script.name_of(recipe), int8_model, evaluation)
     report = {"constants": constants, "recipe": recipe, "torch": torch.__version__,
               "images": {"evaluated": len(int8.files), "calibrated": len(calibrated)},
-              "engine": int8_model.engine, **script.compare(fp32, int8)}
+              "engines": engines, **script.compare(fp32, int8)}
     report["file_bytes"] = {"fp32": checkpoint.stat().st_size,
                             "int8": len(script.int8_checkpoint(int8_model))}
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
           f"{with_unit(report['logit_sqnr_db'])}; "
           f"{len(report['flips'])} pictures changed their class")
+    report["hints"] = hints(report, folded, int8_model)
+    for hint in report["hints"]:
+        print(textwrap.fill(f"Hint: {hint}", 80))
 
     report["ledger"], histograms = error_ledger(fp32_model, int8_model, pixels)
     print_ledger(report["ledger"], len(pixels))

@@ -105,7 +105,7 @@ class Sweep:
             expected = [values[layer.output] for values in self.values]
             inputs.append(script.refine_layer(int8_model, self.fp32_model, layer, inputs[-1],
                                               expected))
-        script.choose_engine(int8_model)
+        script.choose_engines(int8_model)
         self.progress(0.5)
         return int8_model, inputs
 

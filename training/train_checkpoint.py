@@ -1,14 +1,16 @@
-"""Train the cat/dog CNN in FP32 and write BEST_checkpoint.pth.tar.
+"""Train the cat/dog CNN in FP32 and write results/trained_checkpoint.pth.tar.
 
     python training/train_checkpoint.py --photos train-0.tar train-1.tar ... --drawn 5000 --epochs 40
 
-`--photos` takes folders and tar files of pictures called `cat.N.*` and `dog.N.*`; `--drawn` adds
-freshly drawn ones (training/draw_cat_dog.py, with seeds that cat_dog/val never uses). One twentieth
-of the photographs and of the drawings is held out, and the accuracy on it is printed after each
-epoch. Everything needed to go on after an interruption is in `<output>.training`: give the same
-command again, or one with more pictures, since the learning rate follows the share of the epochs
-that is done. Delete that file to start afresh. Decoded pictures are saved in `--cache`; delete that
-folder when the pictures in a source change.
+`--photos` takes folders and tar files of pictures, whose labels are found in their paths as
+quantize_catdog.py finds them; `--drawn` adds freshly drawn ones (training/draw_cat_dog.py, with
+seeds that cat_dog/val never uses). One twentieth of the photographs and of the drawings is held
+out, and the accuracy on it is printed after each epoch. `--start` trains from given weights on
+instead of random ones. Everything needed to go on after an interruption is in `<output>.training`:
+give the same command again. With `--resume` the pictures may be others than before; the learning
+rate follows the share of the epochs that is done. Decoded pictures are saved in `--cache`.
+
+The other defaults are those that made BEST_checkpoint.pth.tar.
 
 The network that is trained is the one that quantize_catdog.py runs, in an order that trains faster:
 pool -> batch norm -> ReLU instead of batch norm -> ReLU -> pool. ReLU is monotone, and so is batch
@@ -18,7 +20,7 @@ normalization is folded into cnn1 when the checkpoint is written, exactly, becau
 pads.
 """
 import argparse
-import io
+import ctypes
 import math
 import os
 import sys
@@ -69,38 +71,48 @@ class TrainingNet(nn.Module):
 
 
 def photographs(path):
-    """Yield (name, bytes) of the pictures in a folder or a tar file."""
+    """Yield (path inside it, bytes) of the pictures in a folder or a tar file."""
     path = Path(path)
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.is_file():
-                yield file.name, file.read_bytes()
+                yield file.relative_to(path), file.read_bytes()
     else:
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.isfile():
-                    yield Path(member.name).name, tar.extractfile(member).read()
+                    yield Path(member.name), tar.extractfile(member).read()
+
+
+def fingerprint(source):
+    """Eight hex digits of a folder or a tar file: others when what is in it changes."""
+    files = sorted(Path(source).rglob("*")) if Path(source).is_dir() else [Path(source)]
+    found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{zlib.crc32(repr(found).encode()):08x}"
 
 
 def build_cache(folder, photos, drawn):
-    """Decode every picture once into files on disk; return pixels (N, 224, 224, 3), labels, is_photo."""
+    """Decode every picture once into files on disk; return pixels (N, 224, 224, 3), labels, is_photo.
+
+    Raises InputError where there is none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for source in photos:
-        cached = folder / f"{Path(source).stem}-{zlib.crc32(str(Path(source).resolve()).encode()):08x}.npz"
+        cached = folder / f"{Path(source).stem}-{fingerprint(source)}.npz"
         if not cached.exists():
             pixels, labels = [], []
             for name, data in photographs(source):
-                label = script.label_of(name)
-                if label is not None:
-                    try:
-                        pixels.append(script.decode(io.BytesIO(data), script.IMAGE_SIZE))
-                    except script.InputError as error:
-                        print(f"left out {source}: {name}: {error}")
-                        continue
+                try:
+                    label = script.label_of(name)
+                    pixels.append(script.decode(data, script.IMAGE_SIZE))
                     labels.append(label)
+                except script.InputError as error:
+                    print(f"left out {source}: {script.printable(str(name))}: {error}")
                 if len(labels) % 500 == 0:
                     print(f"decoding {source}: {len(labels)}", end="\r", flush=True)
+            if not labels:
+                raise script.InputError(f"no usable picture in {source}")
             write_npz(cached, pixels, labels)
         parts.append((*read_npz(cached), True))
     if drawn:
@@ -195,6 +207,23 @@ def fold_normalization(state):
     return state
 
 
+def unfold_normalization(state):
+    """The inverse of `fold_normalization`."""
+    state = {name: value.clone() for name, value in state.items()}
+    weight, bias = state["cnn1.weight"].double() * PIXEL_STD, state["cnn1.bias"].double()
+    state["cnn1.weight"] = weight.float()
+    state["cnn1.bias"] = (bias + weight.sum((1, 2, 3)) * PIXEL_MEAN / PIXEL_STD).float()
+    return state
+
+
+def keep_memory():
+    """Let glibc keep big buffers mapped: a step uses the memory of the step before."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        m_mmap_max, m_trim_threshold = -4, -1
+        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
+        ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def save(value, path):
     temporary = Path(f"{path}.tmp")
     torch.save(value, temporary)
@@ -203,7 +232,7 @@ def save(value, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--photos", nargs="*", default=[], help="folders or tar files of cat.N.* and dog.N.*")
+    parser.add_argument("--photos", nargs="*", default=[], help="folders or tar files of pictures")
     parser.add_argument("--drawn", type=int, default=0, help="how many pictures to draw in addition")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch", type=int, default=64)
@@ -212,32 +241,57 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=ROOT / "results" / "training-cache")
-    parser.add_argument("--output", type=Path, default=ROOT / "BEST_checkpoint.pth.tar")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose weights are trained on")
+    parser.add_argument("--resume", action="store_true", help="go on with other pictures, too")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "trained_checkpoint.pth.tar")
     args = parser.parse_args()
+    try:
+        train(args, parser)
+    except script.InputError as error:
+        sys.exit(str(error))
+
+
+def train(args, parser):
     if not args.photos and not args.drawn:
         parser.error("nothing to train on: give --photos, --drawn or both")
     for source in args.photos:
         if not Path(source).exists():
             parser.error(f"--photos: no folder or tar file {source}")
 
-    script.prepare_process()        # keeps glibc's big buffers mapped, which halves the time per batch
+    script.prepare_process()
+    keep_memory()
     torch.manual_seed(args.seed)
 
     pixels, labels, is_photo = build_cache(args.cache, args.photos, args.drawn)
     number = torch.arange(len(labels))
     is_held_out = (number % 40 == 0) | (number % 40 == 21)      # one even, one odd: cats and dogs alternate
-    held_out, train = number[is_held_out], number[~is_held_out]
-    print(f"{len(train)} pictures to train on, {len(held_out)} held out")
+    held_out, to_train = number[is_held_out], number[~is_held_out]
+    print(f"{len(to_train)} pictures to train on, {len(held_out)} held out")
+    if len(to_train) < args.batch:
+        raise script.InputError(f"fewer pictures than a batch of {args.batch}: give more, or a smaller --batch")
+    if len(labels[to_train].unique()) < len(script.CLASSES):
+        raise script.InputError(f"all are of one class: give pictures of {' and '.join(script.CLASSES)}")
     measures = {name: (pixels[index], labels[index]) for name, index in
                 [("photos", held_out[is_photo[held_out]]), ("drawn", held_out[~is_photo[held_out]])] if len(index)}
 
     model = TrainingNet(args.dropout).to(memory_format=torch.channels_last)
+    if args.start:
+        start = script.load_checkpoint(args.start).state_dict()
+        model.load_state_dict(unfold_normalization(start), strict=False)
+        if any((start[f"bn{i}.weight"] <= 0).any() for i in range(1, 5)):
+            print("some gammas are not positive: these channels start anew")
+        model.keep_gamma_positive()
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    batches = len(train) // args.batch
+    batches = len(to_train) // args.batch
     resume, first = Path(f"{args.output}.training"), 0
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    of_these = [zlib.crc32(labels.numpy().tobytes()), zlib.crc32(pixels[::7, ::32, ::32].numpy().tobytes())]
     if resume.exists():
         saved = torch.load(resume, weights_only=True)
+        if saved.get("pictures") != of_these and not args.resume:
+            raise script.InputError(f"{resume} is of a training on other pictures: delete it, or give --resume to go "
+                                    "on from it with these")
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -247,7 +301,7 @@ def main():
     for epoch in range(first, args.epochs):
         torch.manual_seed(args.seed * 1000 + epoch)                             # the same after a resume
         generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
-        shuffled = train[torch.randperm(len(train), generator=generator)]
+        shuffled = to_train[torch.randperm(len(to_train), generator=generator)]
         model.train()
         start, total, right = time.perf_counter(), 0.0, 0
         for i in range(batches):
@@ -274,7 +328,7 @@ def main():
         for name, data in measures.items():
             print(f"  held-out {name}: {accuracy(average.module, *data):.2f} % of {len(data[1])}", flush=True)
         save({"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-              "epoch": epoch + 1}, resume)
+              "epoch": epoch + 1, "pictures": of_these}, resume)
 
     save({"model": fold_normalization(average.module.state_dict()), "epochs": args.epochs}, args.output)
     print(f"wrote {args.output}")

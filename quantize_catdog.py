@@ -34,6 +34,7 @@ import ast
 import copy
 import csv
 import difflib
+import glob
 import io
 import itertools
 import json
@@ -51,8 +52,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = "10000"      # idle threads soon give way to other programs
+if __name__ == "__main__":      # libraries read these when they are imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # idle threads soon let others run
+    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # large pictures leave no memory taken
 
 import numpy as np
 import torch
@@ -386,8 +389,9 @@ class CatDogDataset(Dataset):
         found = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not found:
             reasons = sorted(f", e.g. {file}: {reason}" for file, reason in self.skipped.items())
-            below = sorted(self.folder.parent.glob(f"*/{self.folder.name}"))
-            advice = (f"set DATA_DIR to {display_path(below[0].parent)}?" if below else
+            parent, split = os.path.split(self.folder)
+            below = sorted(glob.glob(f"{glob.escape(parent)}/*/{glob.escape(split)}"))
+            advice = (f"set DATA_DIR to {os.path.dirname(below[0])}?" if below else
                       "put cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
             raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: {advice}")
         return found
@@ -866,7 +870,8 @@ class INT8_Model(nn.Module):
 
         picture: what `decode` takes, or a list, tuple or iterator of such, computed in batches.
         """
-        if isinstance(picture, (str, Path, bytes, np.ndarray, Image.Image, io.IOBase)):
+        is_one = isinstance(picture, (str, bytes, np.ndarray)) or hasattr(picture, "read")
+        if is_one or not hasattr(picture, "__iter__"):
             return self.predict([picture])[0]
         answers, pictures = [], iter(picture)
         while batch := list(itertools.islice(pictures, BATCH_SIZE)):
@@ -1016,18 +1021,18 @@ def choose_engine(int8_model, layer, x, expected):
         if INT8_ENGINE == "onednn":
             raise InputError(f'INT8_ENGINE = "onednn": there is no INT8 kernel for {layer.name} '
                              f'here ({one_line(error)}); set it to "auto"') from None
-        return row | {"why": "torch has no INT8 kernel for it here"}
+        return row | {"why": "torch has no kernel for it here"}
     row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
     seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
-                            x[:BATCH_SIZE], rounds=3)
+                            x[:BATCH_SIZE], rounds=5)
     if overflows:
-        why = "the INT8 kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
+        why = "the kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
     elif row["different"]:
-        why = "the INT8 kernel gives other integers"
+        why = "the kernel gives other integers here"
     elif min(seconds["kernel"]) > min(seconds["reference"]):
-        why = "exact, and faster than the INT8 kernel here"
+        why = "exact, and faster here than the kernel"
     else:
-        return row | {"engine": "onednn", "why": "exact, and faster than the reference here"}
+        return row | {"engine": "onednn", "why": "exact, and faster here than the reference"}
     return row | {"why": why} | ({"engine": "onednn"} if INT8_ENGINE == "onednn" else {})
 
 @torch.inference_mode()
@@ -1334,7 +1339,8 @@ def load_int8_checkpoint(file):
     saved, name = read_checkpoint(file), checkpoint_name(file)
     recipe = saved.get("recipe") if isinstance(saved, dict) else None
     if not isinstance(recipe, dict):
-        raise InputError(f"{name} has no recipe: give the INT8_checkpoint.pth.tar of a run")
+        raise InputError(f"{name} holds FP32 weights, or no recipe: give the "
+                         "INT8_checkpoint.pth.tar of a run")
     try:
         blank = INT8_Model(recipe)
     except InputError as error:
@@ -1364,9 +1370,11 @@ def write_files(folder, contents):
         for final, path in temporary.items():
             os.replace(path, final)
     except OSError as error:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
         raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
+    finally:
+        for path in temporary.values():
+            if os.path.exists(path):
+                path.unlink()
 
 # %% [markdown]
 # ## The passes

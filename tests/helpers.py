@@ -63,6 +63,7 @@ def run_here(path, *words):
         patch.setattr(sys, "excepthook", sys.__excepthook__)
         patch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", PngImagePlugin.MAX_TEXT_CHUNK)
         patch.setenv("GOMP_SPINCOUNT", "10000")
+        patch.setenv("PILLOW_BLOCK_SIZE", "64m")
         patch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -78,12 +79,11 @@ def test_which_network_sees_which_pictures(whole):
         names |= {checksum(pixels[start:start + 5]): f"{split.name} {start}" for start in range(0, len(pixels), 5)}
         names[checksum(pixels[:20])] = f"{split.name} first 20"
     train, val = [[f"{split} {start}" for start in range(0, count, 5)] for split, count in (("train", 26), ("val", 40))]
-    sample, noise, fp32, int8 = ["val first 20"], ["noise"], "CNN_Model", "INT8_Model"
-    timed = (len(whole[3]) - 36) // 2
+    sample, fp32, int8 = ["val first 20"], "CNN_Model", "INT8_Model"
+    timed = (len(whole[3]) - 32) // 2
     assert timed >= 10 and [(network, names.get(crc, "noise")) for network, crc in whole[3]] == [
         *[(fp32, name) for name in sample * 2 + train + val + train[:4] + sample * 2],      # refining, equalization
-        *[(int8, name) for name in sample * 2], *[(fp32, "val 0"), (int8, "val 0")] * timed,
-        *[(int8, name) for name in val + sample * 2 + noise * 2]]                           # saved, loaded, verified
+        *[(fp32, "val 0"), (int8, "val 0")] * timed, *[(int8, name) for name in val + sample * 2]]  # saved, loaded
 
 
 def test_file_and_report_are_those_of_direct_calls(whole):
@@ -198,7 +198,7 @@ def test_terminal(usual):
     assert 0.19 < sizes[1] / sizes[0] < 0.22
     if KERNELS:
         assert [row["engine"] for row in report["engines"]][:4] == ["onednn"] * 4
-        assert re.search("(?m)^onednn for cnn1, cnn2, cnn3, cnn4.*: exact, and faster than the reference here$", out)
+        assert re.search("(?m)^onednn for cnn1, cnn2, cnn3, cnn4.*: exact, and faster here than the reference$", out)
     if KERNELS:
         assert [row["layer"] for row in report["engines"]] == LAYERS
         assert [(row["compared"], row["different"]) for row in report["engines"]] == [(6 * n, 0) for n in VALUES]
@@ -366,7 +366,7 @@ def test_missing_kernels(monkeypatch, state, error):
         raise error("'_OpNamespace' 'onednn' object has no attribute 'qconv_prepack'")
     monkeypatch.setattr(script.INT8Layer, "find_kernel", missing)
     for row in script.choose_engines(int8, pixels):
-        assert row["engine"] == "reference" and "no INT8 kernel" in row["why"] and row["compared"] == 0
+        assert row["engine"] == "reference" and "no kernel" in row["why"] and row["compared"] == 0
     assert int8.kernels == []
     monkeypatch.setattr(script, "INT8_ENGINE", "onednn")
     with pytest.raises(script.InputError, match='INT8_ENGINE = "onednn".*set it to "auto"'):
@@ -549,10 +549,19 @@ def test_items_of_a_dataset(place):
 @pytest.mark.parametrize("name, label", [
     ("cat.0.jpg", 0), ("dog.12.jpg", 1), ("Cat_7.PNG", 0), ("my dogs 3.jpg", 1), ("DOG.jpeg", 1),
     ("bird.1.jpg", None), ("cat_and_dog.jpg", None), ("catalog.jpg", None), ("hotdog.jpg", None), ("1.jpg", None),
-    ("Cat/0.jpg", 0), ("DOGS/part 2/0.jpg", 1), ("Cat/dog.1.jpg", None), ("caté.jpg", None), ("cats/猫.jpg", 0),
+    ("Cat/0.jpg", 0), ("DOGS/part 2/0.jpg", 1), ("Cat/dog.1.jpg", 1),
+    ("cats and dogs/dog/1.jpg", 1), ("dogs-vs-cats/train/cat.7.jpg", 0), ("dogs-vs-cats/train/7.jpg", None),
+     ("caté.jpg", None), ("cats/猫.jpg", 0),
     ("catss.jpg", None), ("5dog7.jpg", 1)])
 def test_label_from_name(name, label):
-    assert script.label_of(name) == label
+    """The part of the path nearest to the file decides. Where none does, it is said whether that is neither or both."""
+    if label is None:
+        both = "and" in name or "vs" in name
+        words = " says cat and dog$" if both else "^its path says neither cat nor dog$"
+        with pytest.raises(script.InputError, match=words):
+            script.label_of(name)
+    else:
+        assert script.label_of(name) == label
 
 
 def grey(value, size=(8, 6)):
@@ -561,6 +570,13 @@ def grey(value, size=(8, 6)):
 
 def wide(value):
     return Image.fromarray(np.full((6, 8), value, np.uint16))
+
+
+def bmp_with_alpha(bgra):
+    """A BMP file of 8 x 6 pixels of one colour, with masks for four channels."""
+    masks = struct.pack("<LLLL", 0xff0000, 0xff00, 0xff, 0xff000000)
+    info = struct.pack("<LllHHLLllLL", 108, 8, 6, 1, 32, 3, 192, 2835, 2835, 0, 0) + masks + b"BGRs" + bytes(48)
+    return b"BM" + struct.pack("<LHHL", 122 + 192, 0, 0, 122) + info + bytes(bgra) * 48
 
 
 @pytest.mark.parametrize("kind, make, expected", [
@@ -580,8 +596,9 @@ def wide(value):
     ("LA-clear.png", lambda path: Image.new("LA", (8, 6), (10, 0)).save(path), (255, 255, 255)),
     ("RGB-clear.png", lambda path: Image.new("RGB", (8, 6), (1, 2, 3)).save(path, transparency=(1, 2, 3)), (255,) * 3),
     ("16-between.png", lambda path: wide(999).save(path), (4, 4, 4)),
-    ("32.tif", lambda path: Image.new("I", (8, 6), 70000).save(path), (255, 255, 255)),
-    ("32-below.tif", lambda path: Image.new("I", (8, 6), -5000).save(path), (0, 0, 0)),
+    ("16.pgm", lambda path: path.write_bytes(b"P5 8 6 65535 " + bytes([100]) * 96), (100, 100, 100)),
+    ("alpha-0.bmp", lambda path: path.write_bytes(bmp_with_alpha((9, 99, 199, 0))), (199, 99, 9)),
+    ("alpha.bmp", lambda path: path.write_bytes(bmp_with_alpha((9, 99, 199, 255))), (199, 99, 9)),
 ])
 def test_odd_pictures_are_decoded_as_a_viewer_shows_them(tmp_path, kind, make, expected):
     """Given as a path, and given as the picture that Pillow opens, which stays as it is."""
@@ -593,6 +610,16 @@ def test_odd_pictures_are_decoded_as_a_viewer_shows_them(tmp_path, kind, make, e
         before = image.mode, image.size, image.tobytes()
         assert np.array_equal(script.decode(image, SIZE), pixels)
         assert (image.mode, image.size, image.tobytes()) == before
+
+
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70000), ("I", -5000)])
+def test_pixels_of_no_known_white_are_refused(tmp_path, mode, value):
+    """They would be all white or all black. Given as an array they are refused as well."""
+    Image.new(mode, (8, 6), value).save(tmp_path / "cat.tif")
+    with pytest.raises(script.InputError, match="^has 32-bit pixels"):
+        script.decode(tmp_path / "cat.tif", SIZE)
+    with Image.open(tmp_path / "cat.tif") as image, pytest.raises(script.InputError, match="^is an array "):
+        script.decode(np.asarray(image), SIZE)
 
 
 def test_picture_is_turned_as_its_exif_says(tmp_path):
@@ -614,8 +641,8 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"     # would start Ghostscript
     bad = {"cat.9.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "dog.9.jpg": (b"no picture", "identify"),
            "cat.10.jpg": (b"", "identify"), "cat.11.jpg": (postscript, "identify"), "bird.1.jpg": (jpeg, "neither"),
-           "cat-dog.jpg": (jpeg, "neither"), "dog.10.png": (png_header_that_promises(60000, 60000), "Bomb"),
-           "dog.11.png": (png_header_that_promises(9000, 9000), "DecompressionBombError")}      # more than 2 * 2^25
+           "cat-dog.jpg": (jpeg, "says cat and dog"), "dog.10.png": (png_header_that_promises(60000, 60000), "Bomb"),
+           "dog.11.png": (png_header_that_promises(9000, 9000), "81,000,000 pixels, more than 67,108,864")}
     for name, (content, _) in bad.items():
         (place.val / name).write_bytes(content)
     os.mkfifo(place.val / "cat.pipe.jpg")                   # to open it would wait for ever
@@ -812,7 +839,7 @@ int8_file = file.getvalue()
     torch.save({"model": beyond_fp32(state)}, rerun.checkpoint)
     overflow = rerun.refuse("fc1")
     rerun.checkpoint.unlink()
-    rerun.refuse("no checkpoint", "BEST_checkpoint.pth.tar", "CHECKPOINT")
+    rerun.refuse("BEST_checkpoint.pth.tar cannot be read: No such file", "CHECKPOINT")
     assert set(rerun.files()) == RESULTS and "BytesIO" not in overflow
     assert overflow.count("checkpoint") == 1
 
@@ -852,12 +879,12 @@ def test_write_that_stops(tmp_path, monkeypatch, stage, error):
     (lambda s: s.update({"fc1.weight": torch.zeros(512, 100)}), ["fc1.weight", "(512, 100)", "(512, 968)"]),
     (lambda s: s.update({"fc2.bias": torch.tensor([0.0, math.nan])}), ["fc2.bias", "NaN"]),
     (lambda s: s.update({"cnn1.bias": torch.full((16,), math.inf)}), ["cnn1.bias", "infinity"]),
-    (lambda s: s.update({"bn1.running_var": torch.full((16,), -1.0)}), ["bn1.running_var", "negative"]),
+    (lambda s: s.update({"bn1.running_var": torch.full((16,), -1.0)}), ["bn1", "variance that is not positive"]),
     (lambda s: s.update({"cnn1.bias": torch.zeros(16, dtype=torch.int64)}), ["cnn1.bias", "int64"]),
     (lambda s: s.update({"cnn1.bias": 3}), ["cnn1.bias", "missing"]),
     (lambda s: s.update({"cnn1.bias": torch.full((16,), 1e300, dtype=torch.float64)}), ["cnn1.bias", "infinity"]),
     (lambda s: s.update({"cnn1.bias": torch.empty(16, device="meta")}), ["cnn1.bias"]),
-    (lambda s: s.update({"cnn1.bias": torch.zeros(16).to_sparse()}), ["cnn1.bias", "sparse"]),
+    (lambda s: s.update({"cnn1.bias": torch.zeros(16).to_sparse()}), ["cnn1.bias", "missing"]),
     (lambda s: s.update({"cnn1.bias": torch.full((16,), math.nan).to(torch.float8_e4m3fn)}), ["cnn1.bias", "NaN"]),
 ])
 def test_wrong_weights(tmp_path, state, change, words):
@@ -903,7 +930,7 @@ def test_calibrating_again_forgets_the_pictures_before(state):
 def test_file_without_a_model(tmp_path, saved, load):
     """Nor are FP32 weights an INT8 network."""
     torch.save(saved, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", "model", load=load)
+    refused(tmp_path / "c.pth.tar", "it holds " if load is script.load_checkpoint else "no recipe", load=load)
     refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
             load=script.INT8_Model.load)
 
@@ -1017,23 +1044,6 @@ def test_int8_checkpoint_loads_to_the_same_logits(saved, capfd, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == [path.name] and capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("bits", [8, 5])
-def test_checkpoint_of_an_earlier_version(tmp_path, state, monkeypatch, bits):
-    """Its recipe lacks what came later: it is for 224 x 224 pixels, and BIT is the width of all. The answers stay."""
-    int8, pixels = quantized(state, BIT=bits, WEIGHT_BIT=bits)
-    missing = dict(IMAGE_SIZE=(227, 212), WEIGHT_BIT=2, LAYER_BITS={"fc1": 3})
-    recipe = {name: value for name, value in int8.recipe.items() if name not in missing}
-    path = tmp_path / "c.pth.tar"
-    torch.save({"recipe": recipe, "model": int8.state_dict()}, path)
-    for name, value in missing.items():
-        monkeypatch.setattr(script, name, value)
-    old = script.INT8_Model.load(path)
-    assert old.recipe == int8.recipe
-    assert [old.recipe[name] for name in missing] == [(224, 224), bits, {}]
-    with torch.no_grad():
-        assert old.predict(PICTURES / "cat.0.jpg")[1] == int8(pixels)[0].tolist()
-
-
 def change_tensor(name, value):
     return lambda saved: saved["model"].update({name: value})
 
@@ -1053,15 +1063,16 @@ def change_recipe(**changes):
     (change_tensor("cnn1.bias", torch.zeros(16, dtype=torch.int64)), ["cnn1.bias", "int64", "int32"]),
     (change_tensor("fc2.weight", torch.zeros(2, 5, dtype=torch.int8)), ["fc2.weight", "(2, 512)"]),
     (change_tensor("cnn1.w_scale", torch.ones(3)), ["cnn1.w_scale", "(3,)"]),
-    (lambda saved: saved["model"]["cnn1.weight"].fill_(-128), ["cnn1.weight", "beyond"]),
-    (change_scale("scale_cv1", 0), ["scale_cv1", "not positive"]),
-    (change_scale("fc1.w_scale", -1), ["fc1.w_scale", "not positive"]),
+    (lambda saved: saved["model"]["cnn1.weight"].fill_(-128), ["cnn1 ", "does not allow"]),
+    (change_scale("scale_cv1", 0), ["cnn1 ", "does not allow"]),
+    (change_scale("fc1.w_scale", -1), ["fc1 ", "does not allow"]),
     (change_scale("scale_input", math.nan), ["scale_input", "NaN"]),
-    (change_scale("scale_fc1", 1e-45), ["overflow", "fc2"]),
-    (change_scale("scale_fc1", 1e-38), ["overflow", "fc2"]),
-    (change_scale("cnn2.w_scale", 1e-38), ["overflow", "cnn2"]),
-    (lambda saved: saved["recipe"].pop("BIT"), ["BIT = None", "2 to 8"]),
-    (lambda saved: saved["recipe"].pop("PER_CHANNEL"), ["PER_CHANNEL = None", "True or False"]),
+    (change_scale("scale_fc1", 1e-45), ["fc1 ", "does not allow"]),
+    (change_scale("scale_fc1", 1e-38), ["fc", "does not allow"]),
+    (change_scale("cnn2.w_scale", 1e-38), ["cnn2 ", "does not allow"]),
+    (lambda saved: saved["recipe"].pop("BIT"), ["BIT is missing", "2 to 8"]),
+    (lambda saved: saved["recipe"].pop("PER_CHANNEL"), ["PER_CHANNEL is missing", "True or False"]),
+    (change_recipe(BITS=8), ["BITS", "did you mean BIT?"]),
     (change_recipe(BIT=9), ["BIT = 9", "2 to 8"]),
     (change_recipe(WEIGHT_BIT=9), ["WEIGHT_BIT = 9", "2 to 8"]),
     *[(change_recipe(LAYER_BITS=bits), ["LAYER_BITS", "2 to 8"])
@@ -1071,7 +1082,7 @@ def change_recipe(**changes):
     (change_recipe(HEADROOM=math.inf), ["HEADROOM", "1 to 16"]),
     (lambda saved: saved.update(recipe=[8]), ["no recipe", "INT8_checkpoint.pth.tar of a run"]),
     (lambda saved: saved.pop("recipe"), ["no recipe", "INT8_checkpoint.pth.tar of a run"]),
-    (lambda saved: saved.pop("model"), ["damaged"]),
+    (lambda saved: saved.pop("model"), ["scale_input is missing; it holds recipe"]),
 ])
 def test_wrong_int8_checkpoint(saved, tmp_path, change, words):
     content = torch.load(saved[2], weights_only=True)
@@ -1092,7 +1103,7 @@ def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, state, re
         path.write_bytes(script.int8_checkpoint(int8))
         if integer < 2**(width - 1):
             assert script.INT8_Model.load(path).state_dict()[name].flatten()[-1] == integer
-    refused(path, name, f"beyond {2**(width - 1) - 1}", load=script.INT8_Model.load)
+    refused(path, f"{name.split('.')[0]} has an integer", "does not allow", load=script.INT8_Model.load)
 
 
 # as a module
@@ -1103,7 +1114,7 @@ def model(usual):
 
 
 def test_predict_takes_what_holds_a_picture(model):
-    """A path, a Pillow picture, an array; or a list of them all, in one pass that answers the same."""
+    """A path, a file object, its bytes, a Pillow picture, an array; or several of them all, in batches."""
     files = [PICTURES / name for name in ("cat.0.jpg", "dog.0.jpg", "cat.1.jpg", "dog.1.jpg")]
     images = [Image.open(file) for file in files]
     arrays = [np.asarray(image) for image in images]
@@ -1112,21 +1123,26 @@ def test_predict_takes_what_holds_a_picture(model):
     expected = [(("cat", "dog")[row.argmax()], row.tolist()) for row in logits]
     assert len({name for name, _ in expected}) == 2 and len({tuple(row) for _, row in expected}) == 4
     for file, image, array, answer in zip(files, images, arrays, expected):
-        for picture in (file, str(file), image, array, array[::-1][::-1]):
+        for picture in (file, str(file), image, array, array[::-1][::-1], file.read_bytes(), open(file, "rb")):
             assert model.predict(picture) == answer
     passes = []
     handle = model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
-    assert model.predict([files[0], arrays[1], images[2], str(files[3]), images[0]]) == expected + expected[:1]
+    mixed = [files[0], arrays[1], images[2], str(files[3]), images[0], arrays[1]]
+    for several in (mixed, tuple(mixed), iter(mixed)):
+        assert model.predict(several) == expected + expected[:2]
     assert model.predict(files[:1]) == expected[:1] and model.predict([]) == []       # a list of one is a list
     handle.remove()
-    assert passes == [5, 1]
+    assert passes == [5, 1] * 3 + [1] and script.BATCH_SIZE == 5
+    grey = arrays[0][..., 0]
+    clear = np.dstack([arrays[0], np.full_like(grey, 255)])
+    assert model.predict(clear) == expected[0] and model.predict(grey) == model.predict(np.dstack([grey] * 3))
     assert [np.array_equal(np.asarray(image), array) for image, array in zip(images, arrays)] == [True] * 4
 
 
 @pytest.mark.parametrize("picture", [
     *[np.zeros(shape, np.uint8) for shape in ((9, 9, 1), (3, 9, 9), (1, 9, 9, 3), ())],
     *[np.zeros((9, 9, 3), dtype) for dtype in (np.float32, np.float64, np.int8, np.uint16, bool)],
-    None, 3, ("cat.0.jpg",)],
+    None, 3],
     ids=lambda picture: f"{picture.dtype}{picture.shape}" if isinstance(picture, np.ndarray) else str(picture))
 def test_predict_refuses_what_is_no_picture(model, picture):
     with pytest.raises(script.InputError, match="^picture 0 ") as error:

@@ -9,9 +9,8 @@ cat_dog/val are taken. Every engine gets the same checkpoint, the same 100 calib
 most, the same evaluation pictures and the same number of threads. Each is given its batch in the
 form that it takes fastest; making that form is not timed. In each round every engine runs every
 batch size over about 64 pictures, in a changing order, so that drift affects all alike. All of them
-run with the memory settings of the script's run (`prepare_process`), which help whatever uses
-torch. "Our integers" are the script's INT8 network in another engine, in the file that
-tools/export_onnx.py makes.
+run with GOMP_SPINCOUNT as the script's run sets it. "Our integers" are the script's INT8 network in
+another engine, in the file that tools/export_onnx.py makes.
 FILE is the notebook that the script ports, as for tools/compare_notebook.py: its class is cut out
 of it and runs in a process of its own, which times itself when its turn comes. What is left out,
 and why, is printed; the table is Markdown.
@@ -33,6 +32,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_FREEZING", "1")    # PT2E's INT8 kernels need constant weights
+if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "10000"              # as in the script's run, for all engines
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

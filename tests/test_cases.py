@@ -1,0 +1,245 @@
+"""Pictures, folders and checkpoints as people have them, and states of torch in which programs call the script."""
+import argparse
+import collections
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import quantize_catdog as script
+import torch
+from PIL import Image
+
+from helpers import ONE_THREAD, PICTURES, ROOT, SIZE, Place, loaded, refused
+
+y, x = np.mgrid[0:64, 0:96]
+DRAWN = np.stack([x * 255 // 95, y * 255 // 63, (x + y) * 255 // 158], -1).astype(np.uint8)
+
+
+# pictures whose pixels are fine, but what lies beside them is not
+
+def chunk(kind, data):
+    return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
+
+
+def png(*chunks):
+    """A PNG file of DRAWN with more chunks."""
+    rows = b"".join(b"\0" + row.tobytes() for row in DRAWN)
+    head = struct.pack(">LLBBBBB", 96, 64, 8, 2, 0, 0, 0)
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head), *chunks, chunk(b"IDAT", zlib.compress(rows)),
+                     chunk(b"IEND", b"")])
+
+
+def exif(orientation, *entries):
+    """An EXIF block; entries: (tag, type, count, bytes), each after the orientation."""
+    found = [(0x112, 3, 1, struct.pack("<H", orientation)), *entries]
+    head, data = struct.pack("<H", len(found)), b""
+    for tag, kind, count, raw in found:
+        at = 8 + 2 + 12 * len(found) + 4 + len(data)
+        head += struct.pack("<HHL", tag, kind, count) + (raw.ljust(4, b"\0") if len(raw) < 5 else struct.pack("<L", at))
+        data += raw if len(raw) > 4 else b""
+    return b"II*\0\x08\0\0\0" + head + bytes(4) + data
+
+
+def webp(block):
+    file = io.BytesIO()
+    Image.fromarray(DRAWN).save(file, "webp", lossless=True, exif=block)
+    return file.getvalue()
+
+
+RESOLUTION_AS_TEXT = 0x11a, 2, 8, b"300 dpi\0"
+BESIDE = {
+    "EXIF that is a Python string": (png(chunk(b"eXIf", b"b'Exif\\x00\\x00MM'")), 1),
+    "EXIF that is JSON": (webp(b'{"prompt": "a dog"}'), 1),
+    "EXIF cut in the middle": (png(chunk(b"eXIf", exif(6)[:15])), 1),
+    "resolution as text, turned": (png(chunk(b"eXIf", exif(6, RESOLUTION_AS_TEXT))), 6),
+    "resolution as text in WebP, turned": (webp(b"Exif\0\0" + exif(6, RESOLUTION_AS_TEXT)), 6),
+    "a value far outside, turned": (png(chunk(b"eXIf", exif(3, (0x8769, 4, 1, struct.pack("<L", 2**31))))), 3),
+    "orientation 77": (png(chunk(b"eXIf", exif(77))), 1),
+    "a profile of 2 MB": (png(chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**21)))), 1),
+    "a compressed text of 2 MB": (png(chunk(b"zTXt", b"x\0\0" + zlib.compress(b"x" * 2**21))), 1),
+    "a text of 2 MB": (png(chunk(b"tEXt", b"x\0" + b"x" * 2**21)), 1),
+    "an international text of 2 MB": (png(chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(b"x" * 2**21))), 1),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_lies_beside_the_pixels_does_not_cost_the_picture(tmp_path, monkeypatch, kind):
+    content, orientation = BESIDE[kind]
+    monkeypatch.setattr(script.PngImagePlugin, "MAX_TEXT_CHUNK", 2**26)         # as prepare_process sets it
+    turned = {1: DRAWN, 3: DRAWN[::-1, ::-1], 6: np.rot90(DRAWN, -1)}[orientation]
+    expected = np.asarray(Image.fromarray(np.ascontiguousarray(turned)).resize(SIZE))
+    (tmp_path / "cat").write_bytes(content)
+    assert np.array_equal(script.decode(tmp_path / "cat", SIZE), expected)
+    assert np.array_equal(script.decode(content, SIZE), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(orientation):
+    turned = {1: DRAWN, 2: DRAWN[:, ::-1], 3: DRAWN[::-1, ::-1], 4: DRAWN[::-1], 5: DRAWN.transpose(1, 0, 2),
+              6: np.rot90(DRAWN, -1), 7: np.rot90(DRAWN, 2).transpose(1, 0, 2), 8: np.rot90(DRAWN)}[orientation]
+    expected = np.asarray(Image.fromarray(np.ascontiguousarray(turned)).resize(SIZE))
+    assert np.array_equal(script.decode(png(chunk(b"eXIf", exif(orientation))), SIZE), expected)
+
+
+def test_a_folder_one_level_too_high_is_named(place):
+    (place.folder / "a" / "pets" / "val").mkdir(parents=True)
+    place.refuse("no usable picture", "set DATA_DIR to ", "a/pets?", DATA_DIR="a", EVALUATION_SPLIT="val")
+
+
+MEMORY = """
+import os, resource, sys
+os.environ["PILLOW_BLOCK_SIZE"] = "64m"
+import quantize_catdog as script
+script.NUM_WORKERS, script.MOST_PIXELS = 16, 2**24
+script.ROOM = script.threading.Semaphore(4)
+pictures = script.CatDogDataset(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert len(pictures.__getitems__(range(16))) == 16
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_pixels_decoded_at_one_time_are_bounded(tmp_path):
+    """16 pictures of 16 million pixels with transparency in 16 threads: one takes 200 to 330 MB, all take 4 GB."""
+    Image.new("RGBA", (4000, 4000), (120, 100, 90, 200)).save(tmp_path / "cat.0.png", compress_level=1)
+    for i in range(1, 16):
+        os.link(tmp_path / "cat.0.png", tmp_path / f"cat.{i}.png")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True,
+                          env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)})
+    assert done.stderr == "" and 100 < int(done.stdout) < 700
+
+
+# checkpoints
+
+def with_prefix(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+SAVED = {
+    "a bare state_dict": lambda state: state,
+    "an OrderedDict": lambda state: {"model": collections.OrderedDict(state)},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 7},
+    "model_state_dict": lambda state: {"epoch": 7, "model_state_dict": state, "optimizer": {"lr": 0.1}},
+    "net": lambda state: {"net": state, "acc": 97.5},
+    "DataParallel": lambda state: {"model": with_prefix("module.", state)},
+    "torch.compile": lambda state: {"model": with_prefix("_orig_mod.", state)},
+    "Lightning": lambda state: {"state_dict": with_prefix("model.", state), "epoch": 1},
+    "both": lambda state: with_prefix("module._orig_mod.", state),
+    "half precision": lambda state: {"model": {name: value.half().float() if value.is_floating_point() else value
+                                               for name, value in state.items()}},
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("kind", SAVED)
+def test_weights_as_people_save_them(tmp_path, state, kind, protocol):
+    torch.save(SAVED[kind](state), tmp_path / "c.pth", pickle_protocol=protocol)
+    found = script.load_checkpoint(tmp_path / "c.pth").state_dict()
+    for name, value in state.items():
+        if value.is_floating_point():
+            assert torch.equal(found[name], value if kind != "half precision" else value.half().float()), name
+
+
+def test_what_the_safe_loader_refuses_is_named_with_the_way_out(tmp_path, state):
+    """None of these is damaged."""
+    path = tmp_path / "c.pth"
+    for value, words in ((np.float64(97.5), "multiarray.scalar"), (argparse.Namespace(lr=0.1), "argparse.Namespace")):
+        torch.save({"model": state, "value": value}, path)
+        refused(path, "cannot be loaded safely", words, "torch.save({'model': model.state_dict()}, 'weights.pth.tar')")
+    torch.save({"model": state}, path, pickle_protocol=4)
+    refused(path, "cannot be loaded safely", "save the weights alone")
+    torch.save({"weights": state}, path)
+    refused(path, "cnn1.weight is missing; it holds weights")
+    torch.save({"model": {"conv1.weight": state["cnn1.weight"], "conv1.bias": state["cnn1.bias"]}}, path)
+    refused(path, "cnn1.weight is missing; it holds conv1.weight, conv1.bias")
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
+def test_a_pickled_network_is_folded_with_its_own_eps(tmp_path, state, eps):
+    model = loaded(state)
+    for layer in script.LAYERS[:4]:
+        model.get_submodule(layer.bn).eps = eps
+    torch.save({"model": model}, tmp_path / "c.pth")
+    found, pixels = script.load_checkpoint(tmp_path / "c.pth"), script.CatDogDataset(PICTURES).first_pixels(2)
+    with torch.no_grad():
+        assert torch.equal(found(pixels), model(pixels))
+        assert torch.allclose(found.fused()(pixels), model(pixels), atol=1e-4)
+        assert torch.equal(found(pixels), loaded(state)(pixels)) == (eps == 1e-5)
+
+
+# states of torch
+
+def answers(place):
+    """The bytes of a run's INT8 checkpoint, both networks' logits, and what `predict` says after loading."""
+    train, val = script.CatDogDataset(place.train), script.CatDogDataset(place.val)
+    folded = script.load_checkpoint(place.checkpoint).fused()
+    script.calibrate(folded, train)
+    _, int8 = script.quantize_network(folded, train.first_pixels(20), script.read_constants(script.LEGAL_RECIPE))
+    rows = script.choose_engines(int8, val.first_pixels(20))
+    content = script.int8_checkpoint(int8)
+    predicted = script.INT8_Model.load(io.BytesIO(content)).predict([place.val / "cat.0.jpg", place.val / "dog.1.jpg"])
+    return (content, script.evaluate("FP32", folded, val).logits.tolist(),
+            script.evaluate("INT8", int8, val).logits.tolist(), predicted, [row["different"] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def usual_answers(tmp_path_factory):
+    place = Place(tmp_path_factory.mktemp("states"))
+    return place, answers(place)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "float64", "bfloat16", "inference mode", "deterministic", "threads"])
+def test_same_bits_in_every_state_of_torch(usual_answers, kind):
+    place, expected = usual_answers
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        if kind in ("float64", "bfloat16"):
+            torch.set_default_dtype(getattr(torch, kind))
+        torch.use_deterministic_algorithms(kind == "deterministic")
+        torch.set_num_threads(3 if kind == "threads" else threads)
+        with torch.autocast("cpu", enabled=kind == "autocast"), torch.inference_mode(kind == "inference mode"):
+            assert answers(place) == expected
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+# a program of one's own
+
+def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, monkeypatch):
+    """For that input alone; it is asked for or not."""
+    place, expected = usual_answers
+    model, files = script.INT8_Model.load(io.BytesIO(expected[0])), [place.val / "cat.0.jpg", place.val / "dog.1.jpg"]
+    model.prepare([layer.name for layer in script.LAYERS])
+    run_kernel = script.INT8Layer.run_kernel
+
+    def raising(layer, x):
+        if len(x) == 2:
+            raise RuntimeError("could not create a primitive")
+        return run_kernel(layer, x)
+    monkeypatch.setattr(script.INT8Layer, "run_kernel", raising)
+    assert model.predict(files) == expected[3] and model.predict(files[0]) == expected[3][0]
+    monkeypatch.setattr(script, "INT8_ENGINE", "onednn")
+    with pytest.raises(RuntimeError, match="primitive"):
+        model.predict(files)
+
+
+def test_limit_of_pixels_holds_wherever_decode_is_called(tmp_path):
+    """Below Pillow's own limit, which is an importing program's."""
+    Image.new("1", (8200, 8200)).save(tmp_path / "cat.png")
+    with pytest.raises(script.InputError, match="^has 67,240,000 pixels, more than 67,108,864$"):
+        script.decode(tmp_path / "cat.png", SIZE)
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto", "cuda"])
+def test_device(place, name):
+    if name == "cuda" and not torch.cuda.is_available():
+        place.refuse('DEVICE = "cuda": torch finds no GPU here; set it to "auto"', DEVICE=name)
+    else:
+        assert place.report(DEVICE=name)[0]["device"] == ("cpu" if name == "cpu" else str(script.device()))

@@ -9,14 +9,14 @@ network on some pictures and records the largest magnitude of each layer's outpu
 it calculates scales, rounds weights and biases to integers, and then multiplies and adds integers.
 
     step        what it does                                          output
-    pictures    decode and resize                                     uint8  (N, 3, 224, 224)
+    pictures    list them; each is decoded when it is first needed    uint8  (N, 3, 224, 224)
     load        read the checkpoint without executing anything in it  FP32   weights, batch norms
     fold        each batch norm into the convolution before it        FP32   weights, biases
     calibrate   run in FP32, observe the range of each activation     FP32   logits (N, 2), ranges
     quantize    scale = largest integer / range; round so that the    int8   weights
                 outputs stay close to FP32                            int32  biases
-    verify      check this CPU's INT8 kernels with exact arithmetic   which layers use them
-    evaluate    integers x int8 -> int32 sums -> integers, by layer   FP32   logits (N, 2)
+    verify      check this CPU's INT8 kernels against exact results   which layers use them
+    evaluate    layer by layer: integer products, int32 sums, rescale FP32   logits (N, 2)
     compare     which answers changed, and could it be chance?        a summary
     save        the INT8 network, the report, a row in a table        results/
 
@@ -25,12 +25,13 @@ in the file, or set it for one run on the command line: a preset, then NAME=valu
 
     python quantize_catdog.py plain GPTQ=True
 
-The script was ported from a notebook and keeps its names. It is also a notebook: Jupytext turns
-what follows each `# %%` into a cell. tools/explain.py shows why answers changed.
+The script was ported from a notebook and keeps the notebook's names. It is also a notebook itself:
+Jupytext turns what follows each `# %%` into a cell. tools/explain.py shows why answers changed.
 """
 
 # %%
 import ast
+import contextlib
 import copy
 import csv
 import difflib
@@ -55,7 +56,7 @@ from typing import NamedTuple
 if __name__ == "__main__":      # libraries read these when they are imported
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # idle threads soon let others run
-    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # large pictures leave no memory taken
+    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # large pictures' memory is given back
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ from torch.utils.data import DataLoader, Dataset
 # paths start at this file's folder, and `~` is the home folder.
 
 # %%
-# what is run, on what
+# what to run, and on what
 DATA_DIR = "cat_dog"                    # folder that holds the splits
 CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ranges
 EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
@@ -80,13 +81,13 @@ OUTPUT_DIR = "results"                  # folder for the INT8 network, report.js
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
 DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
-INT8_ENGINE = "auto"                    # "onednn": kernels; "reference": exact; "auto": see Verify
-# the recipe: what decides the integers
+INT8_ENGINE = "auto"                    # "onednn", "reference", "auto": the faster, if both agree
+# the recipe: what decides the integers ("A, or B": A if True, B if False)
 IMAGE_SIZE = (224, 224)                 # width and height; fc1 needs 11 x 11 feature maps
 BIT = 8                                 # bits of an activation
 WEIGHT_BIT = 8                          # bits of a weight
-LAYER_BITS = {}                         # bits of single layers' weights, instead of WEIGHT_BIT
-PER_CHANNEL = True                      # weight scales: one per output channel, or one per layer
+LAYER_BITS = {}                         # weight bits of single layers, such as {"fc1": 4}
+PER_CHANNEL = True                      # one weight scale per output channel, or one per layer
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
 BIAS_BIT = 32                           # bits of a bias
 QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or leave them FP32
@@ -105,6 +106,7 @@ PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORR
 PRESETS["notebook"] = PRESETS["plain"] | {
     "PER_CHANNEL": False, "UNSIGNED_RELU": False, "BIAS_BIT": 16, "QUANTIZE_LOGITS": True}
 
+# a rule is (the legal values in words, a test of a value)
 def whole(low, high):
     return (f"a whole number from {low} to {high}",
             lambda value: type(value) is int and low <= value <= high)
@@ -113,11 +115,12 @@ def one_of(*choices):
     return " or ".join(map(repr, choices)), lambda value: repr(value) in map(repr, choices)
 
 def is_image_size(value):
-    _, is_side = whole(212, 227)
+    is_side = whole(212, 227)[1]
     return isinstance(value, tuple) and len(value) == 2 and all(map(is_side, value))
 
 def is_layer_bits(value):
-    names, (_, is_bits) = [layer.name for layer in LAYERS], whole(2, 8)     # LAYERS: see below
+    names = [layer.name for layer in LAYERS]        # the list of layers, below
+    is_bits = whole(2, 8)[1]
     return isinstance(value, dict) and all(
         name in names and is_bits(bit) for name, bit in value.items())
 
@@ -139,12 +142,12 @@ LEGAL = {
     "INT8_ENGINE": one_of("auto", "onednn", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read, from the file and from the command line. Whatever is wrong with an input
-# is an `InputError`: one line that says what, where and what to do.
+# How constants are read, from the file and from the command line. Any bad input raises an
+# `InputError`: one line that says what, where and what to do.
 
 # %%
 def printable(text):
-    """A text, such as a file's name, without characters that move a terminal's cursor."""
+    """A text, such as a file's name, with its unprintable characters escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 class InputError(Exception):
@@ -163,7 +166,7 @@ def one_line(error):
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
     in_capitals = {each.upper(): each for each in known}
-    near = difflib.get_close_matches(name.strip("-").replace("-", "_").upper(), in_capitals, 1)
+    near = difflib.get_close_matches(str(name).strip("-").replace("-", "_").upper(), in_capitals, 1)
     hint = (f"did you mean {in_capitals[near[0]]}?" if near else
             "LEGAL has no row for it (see --help)")
     return InputError(f"{name}: no constant of this name, {hint}")
@@ -181,10 +184,10 @@ def check_legal(constants, names):
             raise InputError(f"{name} = {constants[name]!r}: set it to {words}")
 
 def constants_block():
-    """The text of this file's constants, from after the first comment; "" in a notebook."""
+    """The constants as they stand in this file, with their comments; "" in a notebook."""
     if "__file__" not in globals():
         return ""
-    return Path(__file__).read_text("utf-8").split("# what is run, on what")[1].split("# %%")[0]
+    return Path(__file__).read_text("utf-8").split("# what to run, and on what")[1].split("# %%")[0]
 
 def read_constants(names=tuple(LEGAL)):
     """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
@@ -196,7 +199,7 @@ def read_constants(names=tuple(LEGAL)):
     return constants
 
 def set_constants(words, doc):
-    """Set constants by the words of a command line: presets, then NAME=value as Python literals.
+    """Set constants from the words of a command line: presets, then NAME=value as Python literals.
 
     --help prints `doc`, the docstring of the program, all constants and the presets, and exits.
     """
@@ -205,8 +208,8 @@ def set_constants(words, doc):
         for name, (legal, _) in LEGAL.items():
             print(f"{name:<18} {legal}")
         for preset, changes in PRESETS.items():
-            words = " ".join(f"{name}={value}" for name, value in changes.items())
-            print(textwrap.fill(f"preset {preset}: {words}", 80, subsequent_indent="    "))
+            changed = " ".join(f"{name}={value}" for name, value in changes.items())
+            print(textwrap.fill(f"preset {preset}: {changed}", 80, subsequent_indent="    "))
         sys.exit()
     for i, word in enumerate(words):
         name, equals, text = word.partition("=")
@@ -220,12 +223,15 @@ def set_constants(words, doc):
             raise InputError(f"{name}: give it a value, {name}={globals()[name]!r} for example")
         else:
             try:
-                globals()[name] = ast.literal_eval(text)
+                value = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                globals()[name] = text          # a word without quotes, such as a folder's name
+                value = text        # a word without quotes, such as a folder's name
+            # a folder may be called 2024
+            is_name = isinstance(globals()[name], str) and not isinstance(value, str)
+            globals()[name] = text if is_name else value
 
 # %% [markdown]
-# Where files are, what computes, and what a run changes in its process.
+# Paths, the device, and the settings that a run changes in its process.
 
 # %%
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
@@ -251,7 +257,7 @@ def prepare_process():
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
     warnings.filterwarnings("ignore", module="PIL")     # broken pictures are listed in `skipped`
-    PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # a long text or colour profile costs no picture
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # accept long texts and colour profiles
 
 # %% [markdown]
 # ## Pictures
@@ -260,13 +266,13 @@ def prepare_process():
 
 # %%
 CLASSES = ("cat", "dog")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS starts Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS runs Ghostscript
 TURN = Image.Transpose  # what makes a picture upright, by the orientation in its EXIF data
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
            5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-MOST_PIXELS, ROOM_PIXELS = 2**26, 2**22         # of one picture; of one permit to decode
-ROOM = threading.Semaphore(MOST_PIXELS // ROOM_PIXELS)      # threads share it; a picture takes
-WAITING = threading.Lock()                                  # its permits in one go
+# threads decode at most MOST_PIXELS pixels at one time; each takes all its permits in one go
+MOST_PIXELS, PERMIT_PIXELS = 2**26, 2**22
+PERMITS, TAKING = threading.Semaphore(MOST_PIXELS // PERMIT_PIXELS), threading.Lock()
 KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
 
 def label_of(path):
@@ -284,9 +290,9 @@ def label_of(path):
     raise InputError(f"its path says neither {' nor '.join(CLASSES)}")
 
 def open_picture(picture):
-    """A path, the bytes of a file, a file object, an array or a Pillow picture -> the last."""
+    """What `decode` takes -> a context whose value is a Pillow picture."""
     if isinstance(picture, Image.Image):
-        return picture.copy()
+        return contextlib.nullcontext(picture)      # its owner closes it
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
             raise InputError(f"is an array {picture.dtype} {picture.shape}: give uint8 (h, w), "
@@ -322,7 +328,7 @@ def decode(picture, size):
 
     picture: a path, the bytes of a file or a file object, in one of FORMATS; a Pillow picture; or
     an array. Resized with Pillow's default filter (bicubic), as in the notebook. An animation gives
-    its first frame. Raises InputError, whose text continues the picture's name.
+    its first frame. Raises InputError, whose text is written to follow the picture's name.
     """
     try:
         with open_picture(picture) as image:
@@ -331,15 +337,15 @@ def decode(picture, size):
                 raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
             if image.mode == "F" or image.mode == "I" and image.format != "PPM":
                 raise InputError("has 32-bit pixels, and nothing says which value is white")
-            permits = math.ceil(pixels / ROOM_PIXELS)
-            with WAITING:
+            permits = math.ceil(pixels / PERMIT_PIXELS)
+            with TAKING:
                 for _ in range(permits):
-                    ROOM.acquire()
+                    PERMITS.acquire()
             try:
                 image.load()
                 return np.array(to_rgb(image).resize(size))
             finally:
-                ROOM.release(permits)
+                PERMITS.release(permits)
     except InputError:
         raise
     except Exception as error:      # decoders raise nearly every type on broken bytes
@@ -354,21 +360,25 @@ class CatDogDataset(Dataset):
     """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
 
     Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
-    few hold both classes. What cannot be decoded is left out of its batch; `skipped` says why.
-    size: (width, height), IMAGE_SIZE unless given. Raises InputError where nothing is usable.
+    few hold both classes if the names are numbered. What cannot be decoded is left out of its
+    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given. Raises InputError
+    where nothing is usable.
     """
 
     def __init__(self, folder, size=None):
         self.folder, self.size = Path(folder), size or IMAGE_SIZE
         self.files, self.labels = [], []
         self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
-        for file in sorted(self.find_files(), key=self.numbers_first):
+        def numbers_first(file):
+            return [int(number) for number in re.findall("[0-9]+", file)], file
+
+        for file in sorted(self.find_files(), key=numbers_first):
             try:
                 self.labels.append(label_of(file))
                 self.files.append(file)
             except InputError as error:
                 self.skipped[file] = str(error)
-        self.usable()       # raises where nothing is
+        self.usable()       # raises InputError if no picture is usable
 
     def find_files(self):
         """Yield the files below the folder, relative to it. Links to folders are not followed."""
@@ -380,21 +390,17 @@ class CatDogDataset(Dataset):
             for file in files:
                 yield os.path.relpath(os.path.join(folder, file), self.folder)
 
-    @staticmethod
-    def numbers_first(file):
-        return [int(number) for number in re.findall("[0-9]+", file)], file
-
     def usable(self):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
-        found = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
-        if not found:
+        usable = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
+        if not usable:
             reasons = sorted(f", e.g. {file}: {reason}" for file, reason in self.skipped.items())
             parent, split = os.path.split(self.folder)
             below = sorted(glob.glob(f"{glob.escape(parent)}/*/{glob.escape(split)}"))
             advice = (f"set DATA_DIR to {os.path.dirname(below[0])}?" if below else
                       "put cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
             raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: {advice}")
-        return found
+        return usable
 
     def __str__(self):
         counts = [f"{self.labels.count(i)} {name}" for i, name in enumerate(CLASSES)]
@@ -411,10 +417,10 @@ class CatDogDataset(Dataset):
 
     def __getitems__(self, indices):
         """The items of a batch, decoded in threads, without those that cannot be decoded."""
-        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow lets other threads run
-            found = list(pool.map(self.decode_file, [self.files[i] for i in indices]))
+        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow releases the GIL
+            decoded = list(pool.map(self.decode_file, [self.files[i] for i in indices]))
         return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
-                for i, pixels in zip(indices, found) if pixels is not None]
+                for i, pixels in zip(indices, decoded) if pixels is not None]
 
     def decode_file(self, file):
         """A file's pixels, uint8 (height, width, 3); None where decoding fails, now or before."""
@@ -445,7 +451,7 @@ class CatDogDataset(Dataset):
             items += self.__getitems__(range(start, min(start + count, len(self))))
             if len(items) >= count:
                 break
-        self.usable()       # at least one
+        self.usable()       # raises InputError if no picture is usable
         return self.collate_fn(items[:count])[0].to(device())
 
     def checksum(self):
@@ -458,9 +464,9 @@ class CatDogDataset(Dataset):
 
 # %% [markdown]
 # ## Arithmetic
-# A real number x is stored as an integer q with x = q / scale. (torch's own quantizers call
-# 1 / scale the scale.) Quantization here is symmetric: the integer 0 stands for 0.0, so that the
-# offset of other schemes, the *zero point*, is always 0.
+# A real number x is stored as the integer q for which q / scale is nearest to x. (torch's own
+# quantizers call 1 / scale the scale.) Quantization here is symmetric: the integer 0 stands for
+# 0.0, so that the offset of other schemes, the *zero point*, is always 0.
 
 # %%
 SMALLEST = 1e-12    # smaller ranges count as this, so that a dead layer does not divide by zero
@@ -547,7 +553,7 @@ def weight_quant(w, b, in_scale, bit, recipe):
     return wq, bq, w_scale
 
 def clip_bias(bias, recipe):
-    """Clip whole numbers to BIAS_BIT bits, as int32. They come in FP64: FP32 lacks 2^31 - 1."""
+    """Clip whole FP64 numbers (FP32 cannot represent 2^31 - 1) to BIAS_BIT bits, as int32."""
     largest = 2**(recipe["BIAS_BIT"] - 1) - 1
     return bias.clip(-largest, largest).to(torch.int32)
 
@@ -596,7 +602,7 @@ FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
 # %%
 def without_autocast(function):
-    """The function, but torch.autocast, which computes with 16 bits, does not reach into it."""
+    """The function with torch.autocast (16-bit arithmetic) switched off inside it."""
     for kind in ("cpu", "cuda"):
         function = torch.autocast(kind, enabled=False)(function)
     return function
@@ -605,8 +611,8 @@ class Conv2d(nn.Conv2d):
     """Like torch's, but the result for a picture does not depend on the rest of the batch.
 
     For a single picture torch may choose a kernel that sums in another order, and BATCH_SIZE would
-    change answers. So one picture is computed as a batch of two: its upper and its lower half, with
-    the rows that both need.
+    change answers. So one picture is computed as a batch of two, its upper and its lower half,
+    which overlap by the rows that both need.
     """
 
     def forward(self, x):
@@ -647,8 +653,8 @@ def largest_magnitudes(data):
         return data.abs()
     # abs() would copy the data. Reducing one axis after the other is fast: channels are last in
     # memory, and little is left for the second reduction
-    rows = data.permute(0, 2, 3, 1)
-    return torch.maximum(rows.amax(1), -rows.amin(1)).amax(1)
+    nhwc = data.permute(0, 2, 3, 1)
+    return torch.maximum(nhwc.amax(1), -nhwc.amin(1)).amax(1)
 
 class CNN_Model(nn.Module):
     """The notebook's network in FP32: pixels 0..255 (N, 3, 224, 224) -> logits (N, 2), cat, dog.
@@ -695,8 +701,8 @@ class CNN_Model(nn.Module):
 
     def update_range(self, name, data):
         """The observer: range = max(range, |data|)."""
-        found = largest_magnitudes(data).amax(0)
-        self.ranges[name] = torch.maximum(self.ranges.get(name, found), found)
+        largest = largest_magnitudes(data).amax(0)
+        self.ranges[name] = torch.maximum(self.ranges.get(name, largest), largest)
         return data
 
     @torch.no_grad()
@@ -741,13 +747,13 @@ class CNN_Model(nn.Module):
 
 def activations_of(model, pixels):
     """{activation: its values} of one forward pass through an FP32 or an INT8 network."""
-    found = {}
+    activations = {}
 
     def remember(name, data):
-        found[name] = data
+        activations[name] = data
         return data
     model(pixels, remember)
-    return found
+    return activations
 
 # %% [markdown]
 # ## The INT8 network
@@ -770,7 +776,7 @@ class INT8_Model(nn.Module):
 
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
     value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
-    output channel), which `CNN_Model.cl_scale` or a checkpoint fills in. After a change of any of
+    output channel). `CNN_Model.cl_scale` or a checkpoint fills them in. After a change of any of
     them call `prepare` again. Raises InputError for an illegal recipe.
     """
 
@@ -889,7 +895,7 @@ class INT8_Model(nn.Module):
         return answers
 
 # %% [markdown]
-# One layer of it, by either engine.
+# One layer of the INT8 network, run by either engine.
 
 # %%
 class INT8Layer:
@@ -974,12 +980,12 @@ class INT8Layer:
         return y.clip_(self.outputs.low, self.outputs.high).view(self.outputs.dtype)
 
 # %% [markdown]
-# Which engine runs which layer, and what quantization made of each.
+# Which engine runs which layer, and a table of what quantization did to each.
 
 # %%
 @torch.inference_mode()
 def time_in_turns(functions, x, rounds):
-    """{name: seconds of each round} of {name: function}, called in turns on x."""
+    """{name: seconds of each round} of {name: function}, called alternately on x."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -991,9 +997,9 @@ def time_in_turns(functions, x, rounds):
 def kernel_overflows(int8_model, layer):
     """Whether this CPU's INT8 kernel overflows with a layer's weights.
 
-    x86 without VNNI adds pairs of products in 16 bits. The worst case is all inputs at their
-    largest (two weights of opposite sign cannot overflow): there the kernel's sums, with M = 1 and
-    no bias, are compared with the exact ones.
+    x86 without VNNI (instructions that add in 32 bits) adds pairs of products in 16. The worst case
+    is all inputs at their largest (two weights of opposite sign cannot overflow): there the
+    kernel's sums, with M = 1 and no bias, are compared with the exact ones.
     """
     weight = int8_model.get_submodule(layer.name).weight
     inputs = int8_model.integers[layer.input]
@@ -1010,10 +1016,9 @@ def choose_engine(int8_model, layer, x, expected):
     kernel if it cannot overflow, gives the same outputs, and is faster. compared, different: counts
     of outputs.
     """
-    row = {"layer": layer.name, "engine": "reference", "why": "INT8_ENGINE asks for it",
-           "compared": 0, "different": 0}
+    row = {"layer": layer.name, "engine": "reference", "compared": 0, "different": 0}
     if INT8_ENGINE == "reference":
-        return row
+        return row | {"why": "INT8_ENGINE asks for it"}
     try:
         int8_layer = int8_model.int8_layer(layer, kernel=True)
         found, overflows = int8_layer.run_kernel(x), kernel_overflows(int8_model, layer)
@@ -1025,6 +1030,7 @@ def choose_engine(int8_model, layer, x, expected):
     row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
     seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
                             x[:BATCH_SIZE], rounds=5)
+    engine = "reference"
     if overflows:
         why = "the kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
     elif row["different"]:
@@ -1032,8 +1038,10 @@ def choose_engine(int8_model, layer, x, expected):
     elif min(seconds["kernel"]) > min(seconds["reference"]):
         why = "exact, and faster here than the kernel"
     else:
-        return row | {"engine": "onednn", "why": "exact, and faster here than the reference"}
-    return row | {"why": why} | ({"engine": "onednn"} if INT8_ENGINE == "onednn" else {})
+        engine, why = "onednn", "exact, and faster here than the reference"
+    if INT8_ENGINE == "onednn" and engine == "reference":
+        engine, why = "onednn", f'INT8_ENGINE forces it (with "auto", the reference: {why})'
+    return row | {"engine": engine, "why": why}
 
 @torch.inference_mode()
 def choose_engines(int8_model, pixels=None):
@@ -1055,19 +1063,20 @@ def choose_engines(int8_model, pixels=None):
 
 def layer_table(int8_model):
     """{heading: value per layer} of what quantization made of each layer."""
-    headings = ("layer", "weight shape", "output range", "scale in", "scale out",
-                "smallest weight scale", "largest weight scale", "bits of sum")
     rows = []
     for layer in LAYERS:
         module, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
         largest_sum = int(int8_model.int8_layer(layer).largest_sum.max())
-        rows.append((layer.name, "x".join(map(str, module.weight.shape)),
-                     int8_model.integers[layer.output].high / out_scale.item(),
-                     int8_model.scale(layer.input).item(),
-                     "FP32" if int8_model.is_fp32(layer.output) else out_scale.item(),
-                     module.w_scale.min().item(), module.w_scale.max().item(),
-                     largest_sum.bit_length()))
-    return {heading: list(values) for heading, values in zip(headings, zip(*rows))}
+        rows.append({
+            "layer": layer.name,
+            "weight shape": "x".join(map(str, module.weight.shape)),
+            "output range": int8_model.integers[layer.output].high / out_scale.item(),
+            "scale in": int8_model.scale(layer.input).item(),
+            "scale out": "FP32" if int8_model.is_fp32(layer.output) else out_scale.item(),
+            "smallest weight scale": module.w_scale.min().item(),
+            "largest weight scale": module.w_scale.max().item(),
+            "bits of sum": largest_sum.bit_length()})
+    return {heading: [row[heading] for row in rows] for heading in rows[0]}
 
 # %% [markdown]
 # ## Closer to FP32
@@ -1081,7 +1090,7 @@ LARGEST_FACTOR = 4      # of equalization: a channel that was silent in calibrat
 DAMPING = 0.01          # GPTQ's, as a share of the Hessian's mean diagonal, as in the paper
 GPTQ_STRIDE = 6         # GPTQ needs only every sixth row and column: neighbouring patches are alike
 SAMPLE = 20             # pictures for GPTQ and bias correction, and for the checks of the run
-CHUNK = 5               # of them per forward pass, whose activations then stay in the cache
+CHUNK = 5               # of these per forward pass: few enough for activations to stay in the cache
 
 @torch.no_grad()
 def equalize(folded):
@@ -1112,7 +1121,7 @@ def equalize(folded):
     return model, found
 
 def gptq(weight, w_scale, hessian, integers):
-    """Round FP64 weights (out, K) one after the other; those that follow make up for each error.
+    """Round FP64 weights (out, K) one by one; the later ones compensate for each error.
 
     Two pixels that are nearly always alike can share an error: one weight is rounded up, the next
     one down. hessian (K, K): X X^T of the calibration pictures' patches X (K, positions), the
@@ -1123,7 +1132,7 @@ def gptq(weight, w_scale, hessian, integers):
     damping = DAMPING * hessian.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian)).to(hessian))
     # row k of this Cholesky factor spreads weight k's error over the later weights, with the
-    # earlier ones fixed; it equals removing one input after the other from the Hessian
+    # earlier ones fixed: the same as updating the inverse Hessian after each weight
     upper = torch.linalg.cholesky(inverse, upper=True)
     weight = weight.t().clone(memory_format=torch.contiguous_format)        # (K, out)
     rounded = torch.zeros_like(weight, dtype=integers.dtype)
@@ -1135,7 +1144,7 @@ def gptq(weight, w_scale, hessian, integers):
 
 @without_autocast
 def gptq_conv(conv, w_scale, inputs, integers):
-    """A convolution's weight rounded by `gptq`. inputs: its integers, chunks of (n, C, h, w)."""
+    """A convolution's weight rounded by `gptq`. inputs: integers it reads, chunks (n, C, h, w)."""
     hessian = 0
     for x in inputs:
         patches = F.unfold(x.float(), conv.kernel_size, stride=GPTQ_STRIDE)     # (n, K, positions)
@@ -1159,7 +1168,7 @@ def mean_error(expected, sums, bias, sum_scale):
     return torch.cat(errors).mean(0)
 
 def refine_layer(int8_model, fp32_model, layer, inputs, expected):
-    """`refine` for one layer; returns the next layer's inputs, chunks of integers.
+    """Refine one layer: GPTQ, then bias correction. Returns what the next layer reads, in chunks.
 
     inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
     """
@@ -1185,8 +1194,8 @@ def refine(int8_model, fp32_model, pixels):
     """Refine int8_model, layer by layer: round weights by GPTQ, correct biases.
 
     fp32_model: the folded network that int8_model was quantized from; pixels: calibration
-    pictures, uint8 (n, 3, h, w). Each layer is fed what the INT8 layers before it, refined already,
-    put out. Its bias moves by the mean error of its output (Nagel et al. 2019, section 4.2).
+    pictures, uint8 (n, 3, h, w). Each layer reads the output of the INT8 layers before it, refined
+    already. Its bias moves by the mean error of its output (Nagel et al. 2019, section 4.2).
     """
     chunks = pixels.split(CHUNK)
     fp32 = [activations_of(fp32_model, chunk) for chunk in chunks]
@@ -1230,13 +1239,9 @@ PICKLED_CLASSES += [f"torch.nn.modules.{name}" for name in (
     "conv.Conv2d", "batchnorm.BatchNorm2d", "activation.ReLU", "activation.Softmax",
     "pooling.MaxPool2d", "linear.Linear")]
 
-def checkpoint_name(file):
-    """How an error names a checkpoint, a path or a file object."""
-    return "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
-
 def read_checkpoint(file):
-    """What torch saved in a checkpoint, a path or a file object; or InputError."""
-    name = checkpoint_name(file)
+    """(what torch saved in a checkpoint, how errors name it). file: a path or a file object."""
+    name = "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
@@ -1244,17 +1249,16 @@ def read_checkpoint(file):
             # copying checks each part's CRC, which torch.load does not
             checked = copy_zip(archive, zipfile.ZIP_STORED)
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}; set CHECKPOINT, or put the "
-                         "file there") from None
+        raise InputError(f"{name} cannot be read: {error.strerror}; give another one (a run takes "
+                         "CHECKPOINT)") from None
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
                          f"({one_line(error)}): save it anew") from None
     inert = [(Placeholder, class_name) for class_name in PICKLED_CLASSES]
-    quietly = warnings.catch_warnings(action="ignore")
     try:
-        with quietly, torch.serialization.safe_globals(inert):
-            return torch.load(checked, map_location="cpu", weights_only=True)
-    except Exception as error:      # so do pickles
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):
+            return torch.load(checked, map_location="cpu", weights_only=True), name
+    except Exception as error:      # damaged pickles raise nearly every type, too
         # torch's message names the class or function that it refused
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
         reason = f"it holds {unsafe[1]}" if unsafe else type(error).__name__
@@ -1262,7 +1266,7 @@ def read_checkpoint(file):
                          "torch.save({'model': model.state_dict()}, 'weights.pth.tar')") from None
 
 def copy_zip(archive, compression):
-    """A file object with the parts of a zip archive, without times: equal parts, equal bytes."""
+    """A file object with the parts of a zip archive, without times: equal contents, equal bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as copied:
         for name in archive.namelist():
@@ -1277,7 +1281,8 @@ def module_values(module):
     if "eps" in attributes:
         values["eps"] = attributes["eps"]
     for name, child in attributes.get("_modules", {}).items():
-        values |= {f"{name}.{key}": value for key, value in module_values(child).items()}
+        if isinstance(child, Placeholder):
+            values |= {f"{name}.{key}": value for key, value in module_values(child).items()}
     return values
 
 def weights_in(saved):
@@ -1293,7 +1298,7 @@ def weights_in(saved):
             for name, value in values.items()}
 
 def fill(model, values, name):
-    """Load the tensors that a model needs; return it on its device, ready to run; or InputError."""
+    """Load the tensors that a model needs; return it on `device()`, ready to run; or InputError."""
     needed = {key: tensor for key, tensor in model.state_dict().items()
               if not key.endswith("num_batches_tracked")}
     for key, tensor in needed.items():
@@ -1301,8 +1306,8 @@ def fill(model, values, name):
         if not (isinstance(found, torch.Tensor) and found.is_cpu and found.layout == torch.strided):
             keys = textwrap.shorten(", ".join(values) or "no weights", 60, placeholder=" ...")
             raise InputError(f"{name}: {key} is missing; it holds {keys}")
-        both_real = found.is_floating_point() and tensor.is_floating_point()
-        if found.shape != tensor.shape or not (found.dtype == tensor.dtype or both_real):
+        both_float = found.is_floating_point() and tensor.is_floating_point()
+        if found.shape != tensor.shape or not (found.dtype == tensor.dtype or both_float):
             raise InputError(f"{name}: {key} is {found.dtype} {tuple(found.shape)}, not "
                              f"{tensor.dtype} {tuple(tensor.shape)}")
         if not found.float().isfinite().all():
@@ -1312,7 +1317,7 @@ def fill(model, values, name):
 
 def load_checkpoint(file):
     """The CNN_Model of FP32 weights: {"model": state_dict}, or as `weights_in` finds them."""
-    saved, name = read_checkpoint(file), checkpoint_name(file)
+    saved, name = read_checkpoint(file)
     if isinstance(saved, dict) and "recipe" in saved:
         raise InputError(f"{name} is the INT8 network of a run: set CHECKPOINT to FP32 weights, or "
                          "use INT8_Model.load in Python")
@@ -1321,7 +1326,8 @@ def load_checkpoint(file):
     for layer in LAYERS:
         if layer.is_conv:
             bn = model.get_submodule(layer.bn)
-            bn.eps = float(values.get(f"{layer.bn}.eps", bn.eps))
+            eps = values.get(f"{layer.bn}.eps")
+            bn.eps = eps if isinstance(eps, float) else bn.eps
             if not (bn.running_var + bn.eps > 0).all():
                 raise InputError(f"{name}: {layer.bn} has a variance that is not positive")
     return model
@@ -1336,7 +1342,7 @@ def int8_checkpoint(int8_model):
 
 def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
-    saved, name = read_checkpoint(file), checkpoint_name(file)
+    saved, name = read_checkpoint(file)
     recipe = saved.get("recipe") if isinstance(saved, dict) else None
     if not isinstance(recipe, dict):
         raise InputError(f"{name} holds FP32 weights, or no recipe: give the "
@@ -1350,8 +1356,9 @@ def load_int8_checkpoint(file):
         module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
         in_range = (module.weight.long().abs() < 2**(bit - 1)).all()
         in_range &= (module.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
-        outputs = int8_model.int8_layer(layer).largest_sum * int8_model.multiplier(layer)
-        if not (in_range and outputs.isfinite().all() and (int8_model.multiplier(layer) > 0).all()):
+        multiplier = int8_model.multiplier(layer)
+        outputs = int8_model.int8_layer(layer).largest_sum * multiplier
+        if not (in_range and outputs.isfinite().all() and (multiplier > 0).all()):
             raise InputError(f"{name}: {layer.name} has an integer or a scale that its recipe does "
                              "not allow; quantize again")
     return int8_model
@@ -1381,8 +1388,8 @@ def write_files(folder, contents):
 # Calibration and evaluation are the same pass over the pictures; calibration observes the ranges.
 
 # %%
-DECODED_TOGETHER = 64   # pictures decoded, then computed: at once they would fight for the cores
-TIMED_ROUNDS = 15       # the least counts: other programs only add to it
+DECODED_TOGETHER = 64   # pictures decoded before the network runs: both at once would be slower
+TIMED_ROUNDS = 15       # the fastest counts, since other programs only slow a round down
 ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
 
 class Predictions(NamedTuple):
@@ -1404,12 +1411,11 @@ def evaluate(name, model, pictures, observe=no_observer):
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
     labels, logits = [], []
     start = reported = time.perf_counter()
-    together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
-    target = device()
-    for decoded, their_labels in DataLoader(pictures, together, collate_fn=pictures.collate_fn):
+    count, on = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE), device()
+    for decoded, their_labels in DataLoader(pictures, count, collate_fn=pictures.collate_fn):
         for first in range(0, len(decoded), BATCH_SIZE):
             batch = slice(first, first + BATCH_SIZE)
-            answers = model(decoded[batch].to(target), observe).cpu()
+            answers = model(decoded[batch].to(on), observe).cpu()
             meter.add(answers, their_labels[batch])
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()
@@ -1449,7 +1455,7 @@ def check_unchanged(step, model, other, pixels, tolerance):
 # Which answers changed, by how much, and could it be chance?
 
 # %%
-LISTED = 20         # pictures of a kind that the terminal lists; report.json has all
+LISTED = 20         # changed pictures, and files left out, that the terminal lists
 LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it expect changed answers
 
 def decibels(signal, noise):
@@ -1549,11 +1555,11 @@ def print_summary(report):
     columns["file bytes"] = [f"{row['file_bytes']:,}" for row in rows]
     print()
     print_columns(columns)
-    decibels = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
-    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {decibels}, "
+    sqnr_text = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
+    print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {sqnr_text}, "
           f"{name} {report['speedup']:.1f} times as fast")
     if report["busy"]:
-        print("The machine was busy with something else: times and speedup are not to be trusted.")
+        print("The machine was busy with other programs: do not trust the times.")
     if any(layer_bit(report["recipe"], layer) < 8 for layer in LAYERS):
         print("Fewer weight bits shrink the file; they do not speed it up.")
     if sqnr is not None and sqnr < LOW_SQNR:
@@ -1582,7 +1588,7 @@ def print_summary(report):
 # pictures and weights are printed.
 
 # %%
-RUNS_LISTED = 12    # of the last runs
+RUNS_LISTED = 12    # rows of the table of runs that are printed
 
 def run_row(report):
     """{column: text} of a run: when, on what, its figures, its constants."""
@@ -1695,7 +1701,7 @@ if __name__ == "__main__":
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
     # in a notebook: so that a cell run too early fails, and takes nothing made by other constants
-    for made_below in ("calibrated", "int8_model", "int8"):
+    for made_below in ("model", "folded", "calibrated", "int8_model", "int8"):
         globals().pop(made_below, None)
 
 # %% [markdown]
@@ -1743,8 +1749,8 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     recipe = read_constants(LEGAL_RECIPE)
     constants |= recipe
-    fp32_model, int8_model = quantize_network(
-        folded, calibrated.pictures.first_pixels(SAMPLE), recipe)
+    calibration_pixels = calibrated.pictures.first_pixels(SAMPLE)
+    fp32_model, int8_model = quantize_network(folded, calibration_pixels, recipe)
     if recipe["EQUALIZE"]:
         check_unchanged("equalization", folded, fp32_model, pixels, ROUNDING)
     layers = layer_table(int8_model)
@@ -1753,7 +1759,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Verify
 # A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on these
-# pictures and is faster, or if INT8_ENGINE forces it. Then both networks are timed, in turns.
+# pictures and is faster, or if INT8_ENGINE forces it. Then both networks are timed, alternately.
 
 # %%
 if __name__ == "__main__":
@@ -1804,8 +1810,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Save
-# The INT8 network, once its file has been loaded back to the same logits, all figures, and a row
-# in the table of runs.
+# Check that the file loads back to the same logits. Then write the INT8 network, all figures, and a
+# row in the table of runs.
 
 # %%
 if __name__ == "__main__":

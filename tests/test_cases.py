@@ -96,7 +96,7 @@ import os, resource, sys
 os.environ["PILLOW_BLOCK_SIZE"] = "64m"
 import quantize_catdog as script
 script.NUM_WORKERS, script.MOST_PIXELS = 16, 2**24
-script.ROOM = script.threading.Semaphore(4)
+script.PERMITS = script.threading.Semaphore(4)
 pictures = script.CatDogDataset(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert len(pictures.__getitems__(range(16))) == 16

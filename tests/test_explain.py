@@ -744,7 +744,7 @@ def test_bad_input_ends_it_with_one_line_and_leaves_what_was_there(place, monkey
             (["BIT = 9", "2 to 8"], [], {"BIT": 9}),
             (["BIT = 1", "2 to 8"], ["--bits", "BIT=1"], {}),
             (["--bit: no constant of this name, did you mean BIT?"], ["--bit"], {}),
-            (["nowhere.pth.tar cannot be read", "set CHECKPOINT"], [], {"CHECKPOINT": "nowhere.pth.tar"}),
+            (["nowhere.pth.tar cannot be read", "CHECKPOINT"], [], {"CHECKPOINT": "nowhere.pth.tar"}),
             (["no usable picture", "DATA_DIR"], [], {"DATA_DIR": "nowhere"}),
             (["cannot write", "set OUTPUT_DIR"], [], {"OUTPUT_DIR": "BEST_checkpoint.pth.tar"}),
             (["cannot write", "No space left on device", "OUTPUT_DIR"], [], {})):

@@ -113,7 +113,7 @@ def test_as_a_notebook(places, notebook):
     notebook.edit('CHECKPOINT = "BEST_checkpoint.pth.tar"', 'CHECKPOINT = "nowhere.pth.tar"')
     name, lines = notebook.fails(notebook.constants)
     assert (name, len(lines)) == ("InputError", 1) and "\n" not in lines[0]
-    assert "nowhere.pth.tar cannot be read" in lines[0] and "set CHECKPOINT" in lines[0]
+    assert "nowhere.pth.tar cannot be read" in lines[0] and "CHECKPOINT" in lines[0]
     assert results(place)[0] == before
 
     notebook.edit('CHECKPOINT = "nowhere.pth.tar"', 'CHECKPOINT = "BEST_checkpoint.pth.tar"')

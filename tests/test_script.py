@@ -229,6 +229,19 @@ def test_networks_are_timed_in_turns(monkeypatch):
     assert calls == ["fp32", "int8"] * 3
 
 
+@pytest.mark.parametrize("slowest, busy", [(0.0079, False), (0.0081, True)])
+def test_the_fastest_round_counts_and_rounds_that_differ_mean_a_busy_machine(place, slowest, busy):
+    """Five pictures a batch; more than a factor of two between the rounds of a network is told in the summary."""
+    report, out = place.report(inserted=("Verify", f"""
+def time_in_turns(functions, x, rounds):
+    times = {{"fp32": [0.005, 0.004, {slowest}], "int8": [0.001] * 3, "kernel": [1], "reference": [2]}}
+    return {{name: times[name] for name in functions}}"""))
+    assert [report[name]["ms_per_image"] for name in ("fp32", "int8")] == pytest.approx([0.8, 0.2])
+    assert report["speedup"] == pytest.approx(4) and report["busy"] == busy
+    assert ("\nThe machine was busy with other programs: do not trust the times.\n" in out) == busy
+    assert {row["engine"] for row in report["engines"]} <= {"onednn"} or not KERNELS
+
+
 # the INT8 engine
 
 @pytest.mark.parametrize("largest", [2**24 - 1, 2**24])
@@ -339,6 +352,22 @@ def test_a_single_different_value_is_noticed(monkeypatch, state):
     unused = copy.deepcopy(int8)
     with torch.no_grad():
         assert torch.equal(unused(pixels), int8(pixels)) and "cnn4" not in unused.kernels
+
+
+def test_each_layer_is_compared_on_what_it_reads(monkeypatch, state):
+    int8, pixels = quantized(state)
+    seen = {}
+
+    def note(model, layer, x, expected):
+        seen[layer.output] = x, expected
+        return {"layer": layer.name, "engine": "reference"}
+    monkeypatch.setattr(script, "choose_engine", note)
+    script.choose_engines(int8, pixels)
+    assert int8.kernels == []
+    values = script.activations_of(int8, pixels)
+    assert torch.equal(seen["cv1"][0], values["input"]) and torch.equal(seen["fc2"][0], values["fc1"])
+    for name, (_, expected) in seen.items():
+        assert torch.equal(expected, values[name]), name
 
 
 @VNNI
@@ -1229,6 +1258,21 @@ def test_importing_changes_nothing_in_the_process():
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     changed = ["allow_tf32", "stdout", "text", "warnings"]
     assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(changed) + "\n", "")
+
+
+@pytest.mark.parametrize("name, given, expected", [
+    ("__main__", {}, ["10000", "64m"]), ("__main__", {"OMP_WAIT_POLICY": "active"}, [None, "64m"]),
+    ("__main__", {"GOMP_SPINCOUNT": "7", "PILLOW_BLOCK_SIZE": "1m"}, ["7", "1m"]), ("quantize_catdog", {}, [None] * 2)])
+def test_what_libraries_read_is_set_before_their_import_for_the_program_alone(name, given, expected):
+    """And only where the user has set nothing."""
+    head = (ROOT / "quantize_catdog.py").read_text().split("import numpy as np")[0]
+    code = head + """
+print([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "PILLOW_BLOCK_SIZE")], "torch" in sys.modules)"""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PILLOW_BLOCK_SIZE")
+    environment = {key: value for key, value in os.environ.items() if key not in names} | given
+    done = subprocess.run([sys.executable, "-c", f"exec({code!r}, {{'__name__': {name!r}}})"], capture_output=True,
+                          text=True, env=environment, check=True)
+    assert done.stdout == f"{expected} False\n"
 
 
 def test_one_line_for_what_a_user_can_mend(place):

@@ -59,6 +59,7 @@ if __name__ == "__main__":      # libraries read these when they are imported
     os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # large pictures' memory is given back
 
 import numpy as np
+import PIL
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -1438,7 +1439,7 @@ def calibrate(folded, pictures):
 
 @torch.inference_mode()
 def check_unchanged(step, model, other, pixels, tolerance):
-    """Print the largest difference of two models' logits; raise InputError if it is too large.
+    """Print and return the largest difference of two models' logits; InputError if it is too large.
 
     tolerance: the largest difference allowed, as a share of the largest logit.
     """
@@ -1449,6 +1450,7 @@ def check_unchanged(step, model, other, pixels, tolerance):
     if not change <= tolerance * largest:       # NaN, too
         raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
                          f"{largest:.3g}: give a checkpoint with more ordinary weights")
+    return change
 
 # %% [markdown]
 # ## Comparison
@@ -1724,7 +1726,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     pixels = evaluation.first_pixels(SAMPLE)
     folded = model.fused()
-    check_unchanged("folding", model, folded, pixels, ROUNDING)
+    changes = {"folding": check_unchanged("folding", model, folded, pixels, ROUNDING)}
 
 # %% [markdown]
 # ### Calibrate
@@ -1734,8 +1736,9 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     fp32 = calibrated = calibrate(folded, calibration)
-    for name in ACTIVATIONS:
-        print(f"range_{name:<6} {folded.ranges[name].max().item():.6g}")
+    ranges = {name: folded.ranges[name].max().item() for name in ACTIVATIONS}
+    for name, largest in ranges.items():
+        print(f"range_{name:<6} {largest:.6g}")
     if evaluation is not calibration:
         fp32 = evaluate("FP32", folded, evaluation)
 
@@ -1751,8 +1754,10 @@ if __name__ == "__main__":
     constants |= recipe
     calibration_pixels = calibrated.pictures.first_pixels(SAMPLE)
     fp32_model, int8_model = quantize_network(folded, calibration_pixels, recipe)
+    changes["equalization"] = None
     if recipe["EQUALIZE"]:
-        check_unchanged("equalization", folded, fp32_model, pixels, ROUNDING)
+        changes["equalization"] = check_unchanged(
+            "equalization", folded, fp32_model, pixels, ROUNDING)
     layers = layer_table(int8_model)
     print_columns(layers)
 
@@ -1767,8 +1772,9 @@ if __name__ == "__main__":
     engines = choose_engines(int8_model, pixels)
     for engine, why in dict.fromkeys((row["engine"], row["why"]) for row in engines):
         of_kind = [row for row in engines if (row["engine"], row["why"]) == (engine, why)]
-        print(f"{engine} for {', '.join(row['layer'] for row in of_kind)}: {why}\n"
-              f"  {sum(row['compared'] for row in of_kind):,} values of {len(pixels)} pictures "
+        names = ", ".join(row["layer"] for row in of_kind)
+        print(textwrap.fill(f"{engine} for {names}: {why}", 80, subsequent_indent="  "))
+        print(f"  {sum(row['compared'] for row in of_kind):,} values of {len(pixels)} pictures "
               f"compared, {sum(row['different'] for row in of_kind):,} differ")
     batch = pixels[:BATCH_SIZE]
     seconds = time_in_turns({"fp32": folded, "int8": int8_model}, batch, TIMED_ROUNDS)
@@ -1796,13 +1802,15 @@ if __name__ == "__main__":
                for file, reason in pictures.skipped.items()}
     report = {
         "constants": constants, "recipe": recipe,
-        "torch": torch.__version__, "device": str(device()),
+        "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
+        "device": str(device()), "ranges": ranges, "calibration_top1": calibrated.top1,
         "inputs": {"evaluation_crc": evaluation.checksum(),
                    "calibration_crc": calibration.checksum(),
                    "checkpoint_crc": zlib.crc32(fp32_file)},
         "images": {"evaluated": len(int8.files), "calibrated": len(calibrated.files)},
         "skipped": [{"file": file, "reason": reason} for file, reason in sorted(skipped.items())],
-        "engines": engines, "layers": layers, "busy": busy,
+        "engines": engines, "layers": layers, "logit_changes": changes,
+        "batch_timed": len(batch), "busy": busy,
         "speedup": ms["fp32"] / ms["int8"], **compare(fp32, int8)}
     report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_file)}
     report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(int8_file)}
@@ -1816,7 +1824,8 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     loaded = INT8_Model.load(io.BytesIO(int8_file))
-    check_unchanged("saving and loading", int8_model, loaded, pixels, 0)
+    changes["saving and loading"] = check_unchanged(
+        "saving and loading", int8_model, loaded, pixels, 0)
     report_json = (json.dumps(report, indent=1) + "\n").encode()
     write_files(output, {"INT8_checkpoint.pth.tar": int8_file, "report.json": report_json})
     print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json")

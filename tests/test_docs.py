@@ -1,6 +1,7 @@
 """What README.md and docs/results.md say is what runs: snippets, printed lines, figures; and who imports whom."""
 import ast
 import csv
+import itertools
 import os
 import re
 import shlex
@@ -81,8 +82,11 @@ def test_value_followed_is_what_explain_prints(place):
 
 def test_snippets_run(place):
     snippet, = [block for block in blocks(README, "python") if "onnxruntime" not in block]       # see test_export
+    (place.folder / "README.md").write_text(README)
     lines = run(place, "-c", snippet).splitlines()
-    assert lines[0].startswith("('cat', [") and float(lines[-1]) == pytest.approx(95)
+    probabilities = ast.literal_eval(lines[0].removeprefix("cat "))
+    assert sum(probabilities) == pytest.approx(1) and probabilities[0] > 0.5
+    assert lines[1].startswith("README.md cannot be decoded: ") and float(lines[-1]) == pytest.approx(95)
 
 
 def commands(text):
@@ -126,33 +130,52 @@ def test_commands_are_legal(monkeypatch, text):
 
 
 def test_figures_of_the_readme_are_in_the_results():
-    """The rows of README's table of results, each as it stands there, cells in order."""
-    section = README[README.index("## Results"):README.index("## Save it")]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 6 + 1 + 4           # the recipes, then the head of a table of engines and its rows
-    for row in rows[:6]:
-        assert row.rstrip("| ") in RESULTS, row
+    """The rows of README's tables of results, each as it stands there, cells in order, and a sentence."""
+    recipes = {row[0]: row for row in rows_of(RESULTS, "## What each constant does")}
+    rows = rows_of(README, "## Results")
+    assert len(rows) == 6 and all(row == recipes[row[0]] for row in rows)
     named = {"this script": "this script INT8", "OpenVINO, NNCF": "OpenVINO, NNCF INT8, performance (default)",
              "ONNX Runtime": "ONNX Runtime INT8, default", "this script's FP32": "this script FP32"}
-    for row in rows[7:]:
-        name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
-        measured = next(line for line in RESULTS.splitlines() if line.startswith(f"| {named[name]} |"))
-        measured = [cell.split("(")[0].strip() for cell in measured.strip("|").split("|")]
+    engines = {row[0]: [cell.split("(")[0].strip() for cell in row]
+               for row in rows_of(RESULTS, "## Against other engines")}
+    rows = rows_of(README, "| INT8 on two cores |")
+    assert [row[0] for row in rows] == list(named)
+    for name, *cells in rows:
+        measured = engines[named[name]]
         assert cells == [measured[1], measured[3], measured[5], measured[9].strip("-")], name
-    for figure in re.findall(r"\d+\.\d+", section):
-        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", RESULTS), figure
+    script_seconds, notebook_seconds = re.search(
+        r"takes the\s+whole\s+script ([\d.]+) s,\s+and\s+the\s+notebook's\s+code\s+([\d.]+) s", README).groups()
+    section = RESULTS[RESULTS.index("--pictures PHOTOS"):]
+    assert re.search(rf"(?m)^script +{script_seconds} s,", section)
+    assert re.search(rf"(?m)^notebook +{notebook_seconds} s,", section)
 
 
-def test_constants_table_has_every_constant():
-    section = README[README.index("## Constants"):README.index("## Why did")]
-    for name in quantize_catdog.LEGAL:
-        assert f"`{name}`" in section, name
-        if name != "NUM_WORKERS":
-            value = getattr(quantize_catdog, name)
-            shown = f'"{value}"' if isinstance(value, str) else repr(value)
-            assert f"`{shown}`" in next(line for line in section.splitlines() if f"`{name}`" in line), name
-    for name in quantize_catdog.PRESETS:
-        assert f"`{name}`" in section, name
+def rows_of(text, heading):
+    """The rows of the first table at or below a heading, each a list of its cells."""
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), text[text.index(heading):].splitlines())
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table][2:]
+
+
+def test_effects_that_the_readme_tells_are_measured():
+    """Each figure of "what you see, what to change" stands in the table that its row names in results.md."""
+    rows = rows_of(README, "| what you see |")
+    assert 8 <= len(rows) <= 10
+    sections = dict(section.split("\n", 1) for section in RESULTS.split("\n## ")[1:])
+    for _, _, measured in rows:
+        name, figures = re.search(r"\((\[.*?\]|[A-Z][\w ]+)\)$", measured), MEASURED.findall(measured)
+        assert name and name[1] in sections, measured
+        for figure in re.findall(r"(?<![\w.])\d[\d,]*\.?\d*(?= (?:dB|%|bytes|times))", measured):
+            assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d]|\.\d)", sections[name[1]]), (figure, name[1])
+        assert figures
+
+
+def test_map_of_the_script_is_right():
+    lines = (ROOT / "quantize_catdog.py").read_text().splitlines()
+    starts = [i for i, line in enumerate(lines, 1) if line.startswith("# ## ")]
+    expected = [(lines[start - 1][5:], f"{start - 1}-{end - 2}")
+                for start, end in zip(starts, [*starts[1:], len(lines) + 2])]
+    assert [tuple(row[:2]) for row in rows_of(README, "| `quantize_catdog.py`, section |")] == expected
 
 
 def imported(path):

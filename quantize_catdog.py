@@ -131,7 +131,8 @@ PATH = ("the name of a file or folder",
 LEGAL_RECIPE = {
     "IMAGE_SIZE": ("(width, height), each a whole number from 212 to 227", is_image_size),
     "BIT": whole(2, 8), "WEIGHT_BIT": whole(2, 8),
-    "LAYER_BITS": ('bits from 2 to 8 per layer name, such as {"fc1": 4}', is_layer_bits),
+    "LAYER_BITS": ('bits from 2 to 8 for layers cnn1 to cnn4, fc1, fc2, such as {"fc1": 4}',
+                   is_layer_bits),
     "PER_CHANNEL": BOOL, "UNSIGNED_RELU": BOOL, "BIAS_BIT": whole(2, 32), "QUANTIZE_LOGITS": BOOL,
     "HEADROOM": ("a number from 1 to 16",
                  lambda value: type(value) in (int, float) and 1 <= value <= 16),
@@ -214,6 +215,7 @@ def set_constants(words, doc):
         sys.exit()
     for i, word in enumerate(words):
         name, equals, text = word.partition("=")
+        name = name.strip()
         if word in PRESETS:
             if "=" in "".join(words[:i]):
                 raise InputError(f"{word}: a preset comes before the constants that change it")
@@ -224,7 +226,7 @@ def set_constants(words, doc):
             raise InputError(f"{name}: give it a value, {name}={globals()[name]!r} for example")
         else:
             try:
-                value = ast.literal_eval(text)
+                value = ast.literal_eval(text.strip())
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 value = text        # a word without quotes, such as a folder's name
             # a folder may be called 2024
@@ -295,7 +297,8 @@ def open_picture(picture):
     if isinstance(picture, Image.Image):
         return contextlib.nullcontext(picture)      # its owner closes it
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+        is_shape = picture.ndim > 1 and picture.shape[2:] in ((), (3,), (4,))
+        if picture.dtype != np.uint8 or not is_shape:
             raise InputError(f"is an array {picture.dtype} {picture.shape}: give uint8 (h, w), "
                              "(h, w, 3) or (h, w, 4)")
         return Image.fromarray(picture)
@@ -1214,6 +1217,7 @@ def quantize_network(folded, pixels, recipe):
     """
     if set(folded.ranges) != set(ACTIVATIONS):
         raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")
+    check_legal(recipe, LEGAL_RECIPE)
     fp32_model = equalize(folded)[0] if recipe["EQUALIZE"] else folded
     int8_model = fp32_model.cl_scale(recipe)
     if recipe["GPTQ"] or recipe["BIAS_CORRECTION"]:
@@ -1574,7 +1578,7 @@ def print_summary(report):
         print("Calibration and evaluation use the same pictures: this flatters the ranges and\n"
               "hides what HEADROOM does.")
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
-          "were left out; report.json has all")
+          "were left out; see report.json")
     for flip in report["flips"][:LISTED]:
         fp32, int8 = [" ".join(f"{each} {logit:.3f}" for each, logit in zip(CLASSES, flip[key]))
                       for key in ("fp32_logits", "int8_logits")]
@@ -1668,7 +1672,8 @@ def print_runs(rows):
             ("same class", "same_class", ".1f"), ("Top-1 %", "top1", ".1f"), ("p", "p", ".2g"),
             ("ms", "ms", ".2f"), ("bytes", "bytes", ",.0f")):
         columns[heading] = [format(float(row[name]), style) for row in same]
-    print(f"\nThe last runs on these pictures and weights, FP32 Top-1 {rows[-1]['fp32_top1']} %\n"
+    print("\nThe last runs on these evaluation pictures and weights, FP32 Top-1 "
+          f"{rows[-1]['fp32_top1']} %\n"
           "(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)")
     print_columns(columns)
 

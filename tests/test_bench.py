@@ -257,7 +257,7 @@ def test_a_run_adds_a_row(usual):
     written = time.mktime(time.strptime(row["when"], "%Y-%m-%d %H:%M:%S"))
     assert abs(written - (place.results / "runs.csv").stat().st_mtime) < 60
     assert out.endswith(f"""
-The last runs on these pictures and weights, FP32 Top-1 {row['fp32_top1']} %
+The last runs on these evaluation pictures and weights, FP32 Top-1 {row['fp32_top1']} %
 (> this run, * best SQNR, same class in %; runs.csv has all runs and constants)
 {printed([row])}""")
 

@@ -86,7 +86,7 @@ def test_snippets_run(place):
     lines = run(place, "-c", snippet).splitlines()
     probabilities = ast.literal_eval(lines[0].removeprefix("cat "))
     assert sum(probabilities) == pytest.approx(1) and probabilities[0] > 0.5
-    assert lines[1].startswith("README.md cannot be decoded: ") and float(lines[-1]) == pytest.approx(95)
+    assert lines[1].startswith("./README.md cannot be decoded: ") and float(lines[-1]) == pytest.approx(95)
 
 
 def commands(text):

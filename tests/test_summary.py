@@ -125,7 +125,7 @@ def test_summary_is_at_most_80_characters_wide(crowded, capsys):
     effects = [sum(line.endswith(f" (dog), {effect}") for line in lines)
                for effect in ("corrected", "broken", "still wrong")]
     assert effects == [7, 7, 6] and sum("margin 12.345" in line for line in lines) == script.LISTED == 20
-    assert "27 pictures changed their class, 27 files were left out; report.json has all" in lines
+    assert "27 pictures changed their class, 27 files were left out; see report.json" in lines
     assert sum("..." in line for line in lines) >= 20 + 20 / 9 * 7
 
 
@@ -138,4 +138,4 @@ def test_names_that_would_move_the_cursor():
 def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(crowded):
     report, out = crowded
     assert len(report["skipped"]) == 30 and out.count("/val/bird.") == 20
-    assert f"\n{len(report['flips'])} pictures changed their class, 30 files were left out; report.json has" in out
+    assert f"\n{len(report['flips'])} pictures changed their class, 30 files were left out; see report.json\n" in out

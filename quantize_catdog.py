@@ -790,7 +790,7 @@ class INT8_Model(nn.Module):
         self.recipe = copy.deepcopy(recipe)
         self.integers = activation_integers(recipe)
         self.maxpool = MaxPool2d(kernel_size=2)
-        self.kernels, self.run = None, None     # see `prepare`
+        self.run = None         # {layer's name: its INT8Layer}, see `prepare`
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
@@ -805,13 +805,19 @@ class INT8_Model(nn.Module):
 
     def prepare(self, kernels=()):
         """Build what runs each layer: a kernel for the layers named, else the reference."""
-        run = {layer.name: self.int8_layer(layer, layer.name in kernels) for layer in LAYERS}
-        self.kernels, self.run = list(kernels), run
+        self.run = {layer.name: self.int8_layer(layer, layer.name in kernels) for layer in LAYERS}
         return self
+
+    @property
+    def kernels(self):
+        """The names of the layers that use a kernel; None if nothing is prepared."""
+        if self.run is None:
+            return None
+        return [name for name, int8_layer in self.run.items() if int8_layer.kernel is not None]
 
     def __getstate__(self):
         """A copy or a pickle is prepared anew: it may be used on a CPU with other kernels."""
-        return {**super().__getstate__(), "kernels": None, "run": None}
+        return {**super().__getstate__(), "run": None}
 
     def forward(self, x, observe=no_observer):
         """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""

@@ -16,16 +16,13 @@ import torch
 from PIL import Image
 
 from helpers import ONE_THREAD, PICTURES, ROOT, SIZE, Place, loaded, refused
+from helpers import png_chunk as chunk
 
 y, x = np.mgrid[0:64, 0:96]
 DRAWN = np.stack([x * 255 // 95, y * 255 // 63, (x + y) * 255 // 158], -1).astype(np.uint8)
 
 
 # pictures whose pixels are fine, but what lies beside them is not
-
-def chunk(kind, data):
-    return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
-
 
 def png(*chunks):
     """A PNG file of DRAWN with more chunks."""

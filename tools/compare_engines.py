@@ -32,8 +32,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_FREEZING", "1")    # PT2E's INT8 kernels need constant weights
-if __name__ == "__main__" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = "10000"              # as in the script's run, for all engines
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # as in the script's run, for all engines
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -431,7 +431,7 @@ def main():
             except Exception as error:      # another engine may be missing, or fail
                 if make is script_engines:
                     raise
-                reason = " ".join(str(error).split())[:300]
+                reason = script.one_line(error)[:300]
                 print(f"left out {make.__name__}: {type(error).__name__}: {reason}")
         times = measure(engines, pixels, args.batches, args.rounds)
         macs, rate = multiply_adds(folded), gemm_rate()

@@ -25,24 +25,23 @@ in the file, or set it for one run on the command line: a preset, then NAME=valu
 
     python quantize_catdog.py plain GPTQ=True
 
-The script was ported from a notebook and keeps the notebook's names. It is also a notebook itself:
-Jupytext turns what follows each `# %%` into a cell. tools/explain.py shows why answers changed.
+The script is also a notebook: Jupytext turns what follows each `# %%` into a cell. It was ported
+from one, whose names it keeps. tools/explain.py shows why answers changed.
 """
 
 # %%
 import ast
-import contextlib
 import copy
 import csv
 import difflib
 import glob
 import io
-import itertools
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -99,8 +98,8 @@ BIAS_CORRECTION = True                  # shift biases by the mean error in cali
 
 # %% [markdown]
 # A preset is a set of changes to this recipe: `plain` leaves out the four methods of "Closer to
-# FP32", `notebook` computes as the notebook does. LEGAL says which values are legal, in words and
-# as a test, wherever they come from: this file, the command line or a checkpoint.
+# FP32", `notebook` computes as the notebook does. LEGAL says which values are legal, wherever they
+# come from: this file, the command line or a checkpoint.
 
 # %%
 PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORRECTION": False}}
@@ -120,8 +119,7 @@ def is_image_size(value):
     return isinstance(value, tuple) and len(value) == 2 and all(map(is_side, value))
 
 def is_layer_bits(value):
-    names = [layer.name for layer in LAYERS]        # the list of layers, below
-    is_bits = whole(2, 8)[1]
+    names, is_bits = [layer.name for layer in LAYERS], whole(2, 8)[1]       # LAYERS: see below
     return isinstance(value, dict) and all(
         name in names and is_bits(bit) for name, bit in value.items())
 
@@ -144,8 +142,8 @@ LEGAL = {
     "INT8_ENGINE": one_of("auto", "onednn", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read, from the file and from the command line. Any bad input raises an
-# `InputError`: one line that says what, where and what to do.
+# How constants are read. Bad input of any kind raises an `InputError`: one line that says what,
+# where and what to do.
 
 # %%
 def printable(text):
@@ -167,17 +165,16 @@ def one_line(error):
 
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
-    in_capitals = {each.upper(): each for each in known}
-    near = difflib.get_close_matches(str(name).strip("-").replace("-", "_").upper(), in_capitals, 1)
-    hint = (f"did you mean {in_capitals[near[0]]}?" if near else
-            "LEGAL has no row for it (see --help)")
+    near = [match for text in (name, name.upper(), name.lower())
+            for match in difflib.get_close_matches(text, known, 1)]
+    hint = f"did you mean {near[0]}?" if near else "LEGAL has no row for it (see --help)"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
     """Raise InputError unless {constant: value} has exactly these names, with legal values."""
     for name in constants:
         if name not in names:
-            raise unknown_name(name, names)
+            raise unknown_name(str(name), names)
     for name in names:
         words, allows = LEGAL[name]
         if name not in constants:
@@ -193,11 +190,9 @@ def constants_block():
 
 def read_constants(names=tuple(LEGAL)):
     """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
-    for name in re.findall(r"(?m)^([A-Z]\w*) *=", constants_block()):
-        if name not in LEGAL:       # it would have no effect
-            raise unknown_name(name, LEGAL)
     constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
-    check_legal(constants, names)
+    misspelt = set(re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())) - set(LEGAL)
+    check_legal(constants | dict.fromkeys(misspelt), names)
     return constants
 
 def set_constants(words, doc):
@@ -214,24 +209,20 @@ def set_constants(words, doc):
             print(textwrap.fill(f"preset {preset}: {changed}", 80, subsequent_indent="    "))
         sys.exit()
     for i, word in enumerate(words):
-        name, equals, text = word.partition("=")
-        name = name.strip()
-        if word in PRESETS:
-            if "=" in "".join(words[:i]):
-                raise InputError(f"{word}: a preset comes before the constants that change it")
-            globals().update(PRESETS[word])
-        elif name not in LEGAL:
+        name, _, text = map(str.strip, word.partition("="))
+        if word in PRESETS and "=" in "".join(words[:i]):
+            raise InputError(f"{word}: a preset comes before the constants that change it")
+        if word not in PRESETS and name not in LEGAL:
             raise unknown_name(name, [*PRESETS, *LEGAL])
-        elif not equals:
+        if word in LEGAL:
             raise InputError(f"{name}: give it a value, {name}={globals()[name]!r} for example")
-        else:
-            try:
-                value = ast.literal_eval(text.strip())
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                value = text        # a word without quotes, such as a folder's name
-            # a folder may be called 2024
-            is_name = isinstance(globals()[name], str) and not isinstance(value, str)
-            globals()[name] = text if is_name else value
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = text        # a word without quotes, such as a folder's name
+        if isinstance(globals().get(name), str) and not isinstance(value, str):
+            value = text        # a folder may be called 2024
+        globals().update(PRESETS.get(word, {name: value}))
 
 # %% [markdown]
 # Paths, the device, and the settings that a run changes in its process.
@@ -286,28 +277,11 @@ def label_of(path):
     for part in reversed(Path(path).parts):
         words = re.findall(r"[^\W\d_]+", part.casefold())
         named = [name for name in CLASSES if {name, f"{name}s"} & set(words)]
-        if len(named) == 1:
-            return CLASSES.index(named[0])
-        if named:
+        if len(named) > 1:
             raise InputError(f"{part} says {' and '.join(named)}")
+        if named:
+            return CLASSES.index(named[0])
     raise InputError(f"its path says neither {' nor '.join(CLASSES)}")
-
-def open_picture(picture):
-    """What `decode` takes -> a context whose value is a Pillow picture."""
-    if isinstance(picture, Image.Image):
-        return contextlib.nullcontext(picture)      # its owner closes it
-    if isinstance(picture, np.ndarray):
-        is_shape = picture.ndim > 1 and picture.shape[2:] in ((), (3,), (4,))
-        if picture.dtype != np.uint8 or not is_shape:
-            raise InputError(f"is an array {picture.dtype} {picture.shape}: give uint8 (h, w), "
-                             "(h, w, 3) or (h, w, 4)")
-        return Image.fromarray(picture)
-    if isinstance(picture, bytes):
-        picture = io.BytesIO(picture)
-    elif isinstance(picture, (str, Path)):
-        if os.path.exists(picture) and not os.path.isfile(picture):
-            raise InputError("is not a file")       # opening a pipe, say, would wait for ever
-    return Image.open(picture, formats=FORMATS)
 
 def to_rgb(image):
     """A loaded Pillow picture of any mode as RGB, as a viewer shows it, upright, on white."""
@@ -325,31 +299,37 @@ def to_rgb(image):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 def decode(picture, size):
     """A picture -> uint8 (height, width, 3), RGB, of size (width, height).
 
     picture: a path, the bytes of a file or a file object, in one of FORMATS; a Pillow picture; or
-    an array. Resized with Pillow's default filter (bicubic), as in the notebook. An animation gives
-    its first frame. Raises InputError, whose text is written to follow the picture's name.
+    an array, uint8 (h, w), (h, w, 3) or (h, w, 4). Resized with Pillow's default filter (bicubic),
+    as in the notebook. An animation gives its first frame. Raises InputError, whose text is written
+    to follow the picture's name.
     """
     try:
-        with open_picture(picture) as image:
-            pixels = image.width * image.height
-            if pixels > MOST_PIXELS:
-                raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
-            if image.mode == "F" or image.mode == "I" and image.format != "PPM":
-                raise InputError("has 32-bit pixels, and nothing says which value is white")
-            permits = math.ceil(pixels / PERMIT_PIXELS)
-            with TAKING:
-                for _ in range(permits):
-                    PERMITS.acquire()
-            try:
-                image.load()
-                return np.array(to_rgb(image).resize(size))
-            finally:
-                PERMITS.release(permits)
+        if isinstance(picture, bytes):
+            picture = io.BytesIO(picture)
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
+        elif not isinstance(picture, Image.Image):
+            picture = Image.open(picture, formats=FORMATS)
+        pixels = picture.width * picture.height
+        if pixels > MOST_PIXELS:
+            raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
+        if picture.mode == "F" or picture.mode == "I" and picture.format != "PPM":
+            raise InputError("has 32-bit pixels, and nothing says which value is white")
+        permits = math.ceil(pixels / PERMIT_PIXELS)
+        with TAKING:
+            for _ in range(permits):
+                PERMITS.acquire()
+        try:
+            picture.load()
+            return np.array(to_rgb(picture).resize(size))
+        finally:
+            PERMITS.release(permits)
     except InputError:
         raise
     except Exception as error:      # decoders raise nearly every type on broken bytes
@@ -373,26 +353,23 @@ class CatDogDataset(Dataset):
         self.folder, self.size = Path(folder), size or IMAGE_SIZE
         self.files, self.labels = [], []
         self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
+        found = []
+        def cannot_list(error):
+            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
+
+        for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
+            folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
+            found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
         def numbers_first(file):
             return [int(number) for number in re.findall("[0-9]+", file)], file
 
-        for file in sorted(self.find_files(), key=numbers_first):
+        for file in sorted(found, key=numbers_first):
             try:
                 self.labels.append(label_of(file))
                 self.files.append(file)
             except InputError as error:
                 self.skipped[file] = str(error)
         self.usable()       # raises InputError if no picture is usable
-
-    def find_files(self):
-        """Yield the files below the folder, relative to it. Links to folders are not followed."""
-        def cannot_list(error):
-            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
-
-        for folder, folders, files in os.walk(self.folder, onerror=cannot_list):
-            folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
-            for file in files:
-                yield os.path.relpath(os.path.join(folder, file), self.folder)
 
     def usable(self):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
@@ -431,7 +408,10 @@ class CatDogDataset(Dataset):
         if file in self.kept or file in self.skipped:
             return self.kept.get(file)
         try:
-            pixels = decode(self.folder / file, self.size)
+            path = self.folder / file
+            if os.path.exists(path) and not os.path.isfile(path):   # a pipe would block for ever
+                raise InputError("is not a file")
+            pixels = decode(path, self.size)
         except InputError as error:
             self.skipped[file] = str(error)
             return None
@@ -752,10 +732,10 @@ class CNN_Model(nn.Module):
 def activations_of(model, pixels):
     """{activation: its values} of one forward pass through an FP32 or an INT8 network."""
     activations = {}
-
     def remember(name, data):
         activations[name] = data
         return data
+
     model(pixels, remember)
     return activations
 
@@ -768,13 +748,6 @@ def activations_of(model, pixels):
 # overflow.
 
 # %%
-def activation_integers(recipe):
-    """{activation: IntRange}. Pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8."""
-    signed = int_range(recipe["BIT"])
-    positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
-    fc_outputs = [layer.output for layer in LAYERS if not layer.is_conv]
-    return {name: signed if name in fc_outputs else positive for name in ACTIVATIONS}
-
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, height, width) -> FP32 logits (N, 2).
 
@@ -788,13 +761,17 @@ class INT8_Model(nn.Module):
         super().__init__()
         check_legal(recipe, LEGAL_RECIPE)
         self.recipe = copy.deepcopy(recipe)
-        self.integers = activation_integers(recipe)
+        # pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8
+        positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
+        self.integers = dict.fromkeys(ACTIVATIONS, positive)        # {activation: IntRange}
         self.maxpool = MaxPool2d(kernel_size=2)
         self.run = None         # {layer's name: its INT8Layer}, see `prepare`
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
         for layer in LAYERS:
+            if not layer.is_conv:
+                self.integers[layer.output] = int_range(recipe["BIT"])
             shape = fp32_model.get_submodule(layer.name).weight.shape
             scales = torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1, dtype=torch.float32)
             module = nn.Module()
@@ -884,24 +861,20 @@ class INT8_Model(nn.Module):
     def predict(self, picture):
         """A picture -> ("cat" or "dog", [cat's logit, dog's logit]); several -> a list of these.
 
-        picture: what `decode` takes, or a list, tuple or iterator of such, computed in batches.
+        picture: what `decode` takes, or a list, tuple or iterator of such.
         """
         is_one = isinstance(picture, (str, bytes, np.ndarray)) or hasattr(picture, "read")
         if is_one or not hasattr(picture, "__iter__"):
             return self.predict([picture])[0]
-        answers, pictures = [], iter(picture)
-        while batch := list(itertools.islice(pictures, BATCH_SIZE)):
-            pixels = []
-            for each in batch:
-                try:
-                    pixels.append(decode(each, self.recipe["IMAGE_SIZE"]))
-                except InputError as error:
-                    number = len(answers) + len(pixels)
-                    name = each if isinstance(each, (str, Path)) else f"picture {number}"
-                    raise InputError(f"{name} {error}") from None
-            x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-            logits = self(x.to(self.scale_input.device)).cpu()
-            answers += [(CLASSES[row.argmax()], row.tolist()) for row in logits]
+        answers = []
+        for number, each in enumerate(picture):
+            try:
+                pixels = torch.from_numpy(decode(each, self.recipe["IMAGE_SIZE"]))
+            except InputError as error:
+                name = each if isinstance(each, (str, Path)) else f"picture {number}"
+                raise InputError(f"{name} {error}") from None
+            logits = self(pixels.permute(2, 0, 1)[None].to(self.scale_input.device))[0]
+            answers.append((CLASSES[logits.argmax()], logits.tolist()))
         return answers
 
 # %% [markdown]
@@ -1250,6 +1223,15 @@ PICKLED_CLASSES += [f"torch.nn.modules.{name}" for name in (
     "conv.Conv2d", "batchnorm.BatchNorm2d", "activation.ReLU", "activation.Softmax",
     "pooling.MaxPool2d", "linear.Linear")]
 
+def copy_zip(archive, compression):
+    """A file object with the parts of a zip archive, without times: equal contents, equal bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as copied:
+        for name in archive.namelist():
+            copied.writestr(zipfile.ZipInfo(name), archive.read(name), compression)
+    file.seek(0)
+    return file
+
 def read_checkpoint(file):
     """(what torch saved in a checkpoint, how errors name it). file: a path or a file object."""
     name = "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
@@ -1260,8 +1242,7 @@ def read_checkpoint(file):
             # copying checks each part's CRC, which torch.load does not
             checked = copy_zip(archive, zipfile.ZIP_STORED)
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}; give another one (a run takes "
-                         "CHECKPOINT)") from None
+        raise InputError(f"{name} cannot be read: {error.strerror}; give another one") from None
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
                          f"({one_line(error)}): save it anew") from None
@@ -1275,15 +1256,6 @@ def read_checkpoint(file):
         reason = f"it holds {unsafe[1]}" if unsafe else type(error).__name__
         raise InputError(f"{name} cannot be loaded safely ({reason}): save the weights alone, "
                          "torch.save({'model': model.state_dict()}, 'weights.pth.tar')") from None
-
-def copy_zip(archive, compression):
-    """A file object with the parts of a zip archive, without times: equal contents, equal bytes."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as copied:
-        for name in archive.namelist():
-            copied.writestr(zipfile.ZipInfo(name), archive.read(name), compression)
-    file.seek(0)
-    return file
 
 def module_values(module):
     """{name: tensor, or eps of a batch norm} of a Placeholder that stands for a module."""
@@ -1379,20 +1351,16 @@ def write_files(folder, contents):
 
     The last one is absent meanwhile, so that no report stands beside the network of another run.
     """
-    temporary = {folder / name: folder / f"{name}.{os.getpid()}.tmp" for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for content, path in zip(contents.values(), temporary.values()):
-            path.write_bytes(content)
-        list(temporary)[-1].unlink(missing_ok=True)
-        for final, path in temporary.items():
-            os.replace(path, final)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            for name, content in contents.items():
+                Path(temporary, name).write_bytes(content)
+            (folder / list(contents)[-1]).unlink(missing_ok=True)
+            for name in contents:
+                os.replace(Path(temporary, name), folder / name)
     except OSError as error:
         raise InputError(f"cannot write in {folder}: {error}; set OUTPUT_DIR") from None
-    finally:
-        for path in temporary.values():
-            if os.path.exists(path):
-                path.unlink()
 
 # %% [markdown]
 # ## The passes
@@ -1601,6 +1569,10 @@ def print_summary(report):
 
 # %%
 RUNS_LISTED = 12    # rows of the table of runs that are printed
+# {column of runs.csv: (its printed heading, format)}
+FIGURES = {"sqnr_db": ("SQNR dB", ".1f"), "same_class": ("same class", ".1f"),
+           "top1": ("Top-1 %", ".1f"), "p": ("p", ".2g"), "ms": ("ms", ".2f"),
+           "bytes": ("bytes", ",.0f")}
 
 def run_row(report):
     """{column: text} of a run: when, on what, its figures, its constants."""
@@ -1613,50 +1585,46 @@ def run_row(report):
            "ms": f"{int8['ms_per_image']:.5f}", "bytes": int8["file_bytes"]}
     return {name: printable(str(value)) for name, value in (row | report["constants"]).items()}
 
+def csv_line(cells):
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
 def add_run(path, row):
     """Append a row to the table of runs, and return its readable rows, the new one last.
 
     One write appends it, so that two runs at once lose no row. A table with other columns is
     renamed, not destroyed. Raises InputError where the file cannot be written.
     """
-    columns, lines = list(row), []
-    header = csv_line(columns)
+    header, text = csv_line(row), ""
     try:
         if path.exists():
-            text = path.read_bytes().decode("utf-8", "replace").replace("\r", "")
-            lines = text.splitlines(keepends=True)
-        if lines and lines[0] != header:
+            text = path.read_text("utf-8", errors="replace")
+        if text and not text.startswith(header):
             aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
             path.rename(aside)
             print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
-            lines = []
-        before = "" if lines else header
-        if lines and not lines[-1].endswith("\n"):      # as an editor may have left it
-            before = "\n"
+            text = ""
+        # an editor may have left the last line without its end
+        before = header if not text else "" if text.endswith("\n") else "\n"
         with open(path, "ab") as file:
             file.write((before + csv_line(row.values())).encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}; set OUTPUT_DIR") from None
-    rows = [parsed_run(line, columns) for line in lines
-            if line.strip() and line != header]     # two first runs at once write two headers
-    if None in rows:
-        print(f"{display_path(path)}: {rows.count(None)} rows cannot be read and are left out")
-    return [each for each in rows if each] + [row]
-
-def csv_line(cells):
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
-
-def parsed_run(line, columns):
-    """{column: text} of a line of the table of runs, or None where it cannot be read."""
-    try:
-        row = dict(zip(columns, next(csv.reader([line])), strict=True))
-        for name in ("sqnr_db", "same_class", "top1", "p", "ms", "bytes"):
-            float(row[name])
-        return row
-    except (ValueError, csv.Error):
-        return None
+    rows, unreadable = [], 0
+    for line in text.splitlines():
+        if not line or f"{line}\n" == header:       # two first runs at once write two headers
+            continue
+        try:
+            cells = dict(zip(row, next(csv.reader([line])), strict=True))
+            for name in FIGURES:
+                float(cells[name])
+            rows.append(cells)
+        except (ValueError, csv.Error, StopIteration):
+            unreadable += 1
+    if unreadable:
+        print(f"{display_path(path)}: {unreadable} rows cannot be read and are left out")
+    return rows + [row]
 
 def print_runs(rows):
     """Print the last runs that share pictures and weights with the last row.
@@ -1674,9 +1642,7 @@ def print_runs(rows):
             columns[name] = [shorten(cell, 24) for cell in cells]
     sqnr = [float(row["sqnr_db"]) for row in same]
     columns["SQNR dB"] = [f"{value:.1f}{'*' if value == max(sqnr) else ' '}" for value in sqnr]
-    for heading, name, style in (
-            ("same class", "same_class", ".1f"), ("Top-1 %", "top1", ".1f"), ("p", "p", ".2g"),
-            ("ms", "ms", ".2f"), ("bytes", "bytes", ",.0f")):
+    for name, (heading, style) in list(FIGURES.items())[1:]:
         columns[heading] = [format(float(row[name]), style) for row in same]
     print("\nThe last runs on these evaluation pictures and weights, FP32 Top-1 "
           f"{rows[-1]['fp32_top1']} %\n"

@@ -312,6 +312,9 @@ def decode(picture, size):
     try:
         if isinstance(picture, bytes):
             picture = io.BytesIO(picture)
+        elif isinstance(picture, (str, Path)) and os.path.exists(picture):
+            if not os.path.isfile(picture):     # reading a pipe, say, would wait for ever
+                raise InputError("is not a file")
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         elif not isinstance(picture, Image.Image):
@@ -408,10 +411,7 @@ class CatDogDataset(Dataset):
         if file in self.kept or file in self.skipped:
             return self.kept.get(file)
         try:
-            path = self.folder / file
-            if os.path.exists(path) and not os.path.isfile(path):   # a pipe would block for ever
-                raise InputError("is not a file")
-            pixels = decode(path, self.size)
+            pixels = decode(self.folder / file, self.size)
         except InputError as error:
             self.skipped[file] = str(error)
             return None

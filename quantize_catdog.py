@@ -1242,7 +1242,8 @@ def read_checkpoint(file):
             # copying checks each part's CRC, which torch.load does not
             checked = copy_zip(archive, zipfile.ZIP_STORED)
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}; give another one") from None
+        raise InputError(f"{name} cannot be read: {error.strerror}; give another one (a run takes "
+                         "CHECKPOINT)") from None
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
                          f"({one_line(error)}): save it anew") from None

@@ -81,7 +81,7 @@ def test_value_followed_is_what_explain_prints(place):
 
 
 def test_snippets_run(place):
-    snippet, = [block for block in blocks(README, "python") if "onnxruntime" not in block]       # see test_export
+    snippet, = blocks(README, "python")
     (place.folder / "README.md").write_text(README)
     lines = run(place, "-c", snippet).splitlines()
     probabilities = ast.literal_eval(lines[0].removeprefix("cat "))

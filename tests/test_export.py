@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
 import quantize_catdog as script
 import torch
 
-from helpers import README, ROOT, blocks
+from helpers import ROOT
 
 onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
@@ -363,9 +364,9 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def test_readme_classifies_a_picture_without_torch(exported, network, tmp_path):
+def test_help_classifies_a_picture_without_torch(exported, network, tmp_path):
     """Its lines, in a process in which torch cannot be imported."""
-    snippet, = [block for block in blocks(README, "python") if "onnxruntime" in block]
+    snippet = textwrap.dedent(export_onnx.__doc__.split("without torch:\n\n")[1].split("\n\n")[0])
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "INT8.onnx").write_bytes(exported[0].read_bytes())
     (tmp_path / "cat_dog").symlink_to(ROOT / "cat_dog")
@@ -373,4 +374,4 @@ def test_readme_classifies_a_picture_without_torch(exported, network, tmp_path):
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
     expected, _ = network("default").predict(ROOT / "cat_dog" / "val" / "cat.4.jpg")
-    assert len(snippet.splitlines()) == 4 and done.stdout == f"{expected}\n"
+    assert len(snippet.splitlines()) == 5 and done.stdout == f"{expected}\n"

@@ -7,6 +7,14 @@
     output     logits   FP32 (n, 2): cat, dog
     metadata   classes, recipe, image_size (width, height), each as JSON
 
+How to use it without torch:
+
+    import numpy, onnxruntime, PIL.Image
+    picture = PIL.Image.open("cat_dog/val/cat.4.jpg").convert("RGB").resize((224, 224))
+    pixels = numpy.array(picture).transpose(2, 0, 1)[None]
+    logits, = onnxruntime.InferenceSession("results/INT8.onnx").run(None, {"pixels": pixels})
+    print(("cat", "dog")[logits.argmax()])      # cat
+
 Weights and biases are the checkpoint's own int8 and int32 tensors; a scale is 1 / the script's.
 Each operator on floats stands between DequantizeLinear (DQ) and QuantizeLinear (Q), a group that
 both engines run as one integer kernel. Pooling takes the uint8 integers as they are:
@@ -243,7 +251,8 @@ def export(checkpoint, output, folder):
 
 def main():
     results = script.resolve_path(script.OUTPUT_DIR)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path,
                         default=results / "INT8_checkpoint.pth.tar")
     parser.add_argument("--output", type=Path, default=results / "INT8.onnx")

@@ -156,26 +156,6 @@ def figures_of(report):
 
 # processes that Ctrl-C ends
 
-# named like the module that Python imports before a program, to come before its imports
-INTERRUPTED = """
-import os, signal, sys
-
-
-class Interrupt:
-    left = int(os.environ["IMPORTS"])
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if sys.excepthook is not sys.__excepthook__:        # the program has begun
-            cls.left -= 1
-            if cls.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-
-sys.meta_path.insert(0, Interrupt)
-"""
-
-
 def started(program, **environment):
     """The process of a program that writes into two pipes, as Python does it where nothing else is asked for."""
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -228,10 +208,12 @@ def png_header_that_promises(width, height):
         b"IDAT", b"") + png_chunk(b"IEND", b"")
 
 
-def mutated(data, rng):
-    """The bytes after one of several accidents."""
+MUTATIONS = 8
+
+
+def mutated(data, rng, kind):
+    """The bytes after an accident of one of MUTATIONS kinds."""
     data = bytearray(data)
-    kind = rng.randrange(8)
     at = rng.randrange(len(data))
     if kind == 0:
         del data[at:]                                               # cut off
@@ -262,11 +244,6 @@ class Calls:
 
     def __reduce__(self):
         return self.function, self.arguments
-
-
-def hostile(path):
-    """Unpickled, it makes a folder."""
-    return Calls(os.mkdir, str(path))
 
 
 def refused(path, *words, load=script.load_checkpoint):

@@ -424,11 +424,6 @@ def test_each_line_of_a_value_followed_can_be_checked_with_a_calculator(followed
 
 # how many bits
 
-@pytest.fixture
-def few_widths(monkeypatch):
-    monkeypatch.setattr(sweep_bits, "WIDTHS", (8, 5, 3))
-
-
 @pytest.fixture(scope="module")
 def folded():
     return observed(STATE, FEW)
@@ -454,26 +449,30 @@ def assert_direct(row, folded, fp32_logits, **changes):
     assert "file_bytes" not in row or row["file_bytes"] == len(script.int8_checkpoint(int8)), changes
 
 
-@pytest.mark.parametrize("changes", [{}, {"BIT": 5, "QUANTIZE_LOGITS": True}, {"EQUALIZE": False, "GPTQ": False},
-                                     {"GPTQ": False, "BIAS_CORRECTION": False, "PER_CHANNEL": False}])
-def test_each_network_is_what_the_script_makes(folded, few_widths, changes):
+@pytest.mark.parametrize("widths, changes", [
+    ((8, 4), {}), ((8, 5), {"BIT": 5, "QUANTIZE_LOGITS": True}), ((8, 5, 3), {"EQUALIZE": False, "GPTQ": False}),
+    ((8, 3), {"GPTQ": False, "BIAS_CORRECTION": False, "PER_CHANNEL": False})])
+def test_each_network_is_what_the_script_makes(folded, monkeypatch, widths, changes):
     """Those of the grid, and all that were measured with LAYER_BITS, also those in which several layers have fewer."""
+    monkeypatch.setattr(sweep_bits, "WIDTHS", widths)
+    monkeypatch.setattr(sweep_bits, "COMBINED", 3)
+    monkeypatch.setattr(sweep_bits, "SPARED", 40)
     before = {name: value.clone() for name, value in folded.state_dict().items()}
     sweep = sweep_of(folded, **changes)
     grid, found = sweep.grid() if changes == {} else [], sweep.layer_bits()
-    assert [row["WEIGHT_BIT"] for row in grid] == [8, 5, 3][:len(grid)]
+    assert [row["WEIGHT_BIT"] for row in grid] == [*widths][:len(grid)] and bool(grid) == (changes == {})
     for row in grid:
-        assert [cell["BIT"] for cell in row["cells"]] == [8, 5, 3]
+        assert [cell["BIT"] for cell in row["cells"]] == [*widths]
         row["cells"][0]["file_bytes"] = row["file_bytes"]           # of the first cell's network
         for cell in row["cells"]:
             assert_direct(cell, folded, sweep.logits, WEIGHT_BIT=row["WEIGHT_BIT"], BIT=cell["BIT"])
     assert [row["name"] for row in found["layers"]] == LAYERS
     for row in found["layers"]:
         assert [(cell["bit"], cell["LAYER_BITS"]) for cell in row["cells"]] == [
-            (8, {}), (5, {row["name"]: 5}), (3, {row["name"]: 3})]
+            (8, {}), *[(bit, {row["name"]: bit}) for bit in widths[1:]]]
     for row in measured_in(found):
         assert_direct(row, folded, sweep.logits, **changes, LAYER_BITS=row["LAYER_BITS"])
-    assert all(len(row["LAYER_BITS"]) > 1 for row in found["combined"])
+    assert found["combined"] and all(len(row["LAYER_BITS"]) > 1 for row in found["combined"])
     assert all(torch.equal(value, before[name]) for name, value in folded.state_dict().items())
 
 
@@ -554,8 +553,9 @@ def test_each_network_is_run_by_an_engine_that_is_right_for_it(folded, monkeypat
     assert kernels[0] == kernels[2] == [] and ("cnn2" in kernels[1]) == KERNELS
 
 
-def test_time_left_is_shown_every_ten_seconds(folded, few_widths, monkeypatch, capsys):
+def test_time_left_is_shown_every_ten_seconds(folded, monkeypatch, capsys):
     """By a clock on which a network takes five seconds."""
+    monkeypatch.setattr(sweep_bits, "WIDTHS", (8, 5, 3))
     now = [100.0]
     monkeypatch.setattr(sweep_bits.time, "perf_counter", lambda: now[0])
     sweep = sweep_of(folded)

@@ -147,14 +147,6 @@ def case(request, calibrated):
 
 # The script
 
-def test_importing_runs_nothing(tmp_path, capfd):
-    copy = tmp_path / SCRIPT.name
-    copy.write_bytes(SCRIPT.read_bytes())
-    runpy.run_path(str(copy), run_name="quantize_catdog")       # a run would end here: no pictures, no checkpoint
-    assert [path.name for path in tmp_path.iterdir()] == [SCRIPT.name]
-    assert capfd.readouterr() == ("", "")
-
-
 def test_doctests():
     found = doctest.DocTestFinder().find(script)
     assert {test.name.split(".")[1]: len(test.examples) for test in found if test.examples} == {
@@ -505,19 +497,6 @@ def test_pixels_of_another_type_or_size_are_refused(calibrated):
         oblong(pixels.transpose(2, 3))
 
 
-@pytest.mark.parametrize("name, value", [
-    ("BIT", 9), ("BIT", 1), ("BIT", 8.0), ("WEIGHT_BIT", True), ("HEADROOM", -2), ("HEADROOM", 0.5),
-    ("HEADROOM", float("nan")), ("BIAS_BIT", 33), ("PER_CHANNEL", 1), ("GPTQ", None), ("IMAGE_SIZE", (224, 228)),
-    ("IMAGE_SIZE", [224, 224]), ("LAYER_BITS", {"fc3": 4}), ("LAYER_BITS", {"fc1": 9}), ("HEADROM", 2), ("BIT", ...)])
-def test_illegal_recipes_are_refused(name, value, calibrated):
-    recipe = as_constants(default()) | {name: value}
-    if value is ...:
-        del recipe[name]                                                        # missing
-    for make in (script.INT8_Model, calibrated.cl_scale):
-        with pytest.raises(script.InputError, match=name):
-            make(recipe)
-
-
 def test_editing_a_recipe_afterwards_changes_nothing(calibrated):
     recipe = copy.deepcopy(as_constants(MIXED))
     int8 = calibrated.cl_scale(recipe)
@@ -623,15 +602,6 @@ def test_kernels_that_add_pairs_in_16_bits_overflow(layer, calibrated, monkeypat
     assert overflows(weight_bit=7) is False and overflows(unsigned=False) is False
     monkeypatch.setattr(script.INT8Layer, "run_kernel", lambda layer, x: sums_of_pairs(layer, x, 2**31 - 1))
     assert overflows() is False
-
-
-def test_quantizing_and_running_in_inference_mode(calibrated):
-    recipe = as_constants(default(), *METHODS)
-    int8 = script.quantize_network(calibrated, PIXELS.to(DEVICE), recipe)[1]
-    with torch.inference_mode():
-        again = script.quantize_network(calibrated, PIXELS.to(DEVICE), recipe)[1]
-        assert_same_state(again, state_of(int8))
-        assert_same_values(values_of(again, PIXELS), values_of(int8, PIXELS))
 
 
 # Sums too large for float32
@@ -745,6 +715,9 @@ def test_dead_networks(name, recipe):
         formulas = oracle.mended_weights(*weights[layer.name], scales[layer.input], recipe, layer.name)
         for found, formula in zip(integers[layer.name], formulas, strict=True):
             np.testing.assert_array_equal(found, formula, err_msg=layer.name)
+    if recipe.per_channel and name in ("second convolution", "everything"):
+        _, int8 = script.quantize_network(folded, PIXELS[:1].to(DEVICE), as_constants(recipe, *METHODS))
+        assert torch.allclose(run(int8, PIXELS[:1])[1], run(folded, PIXELS[:1])[1], rtol=0.01)
 
 
 @pytest.mark.parametrize("weight", [0, 1e-13, 1e-9, 1e-6])
@@ -804,6 +777,10 @@ def test_biases_are_clipped_to_the_integer_that_fp32_cannot_hold():
     folded.fc2.bias.data.copy_(torch.tensor([1e15, -1e15]))
     script.refine(int8, folded, PIXELS.to(DEVICE))
     assert integers_of(int8)["fc2"][1].tolist() == [2**31 - 1, 1 - 2**31]
+    folded = observed(STATE, PIXELS)                    # and that stays in BIAS_BIT
+    recipe = as_constants(default(3)._replace(bias_bit=6), *METHODS)
+    int8 = script.quantize_network(folded, PIXELS.to(DEVICE), recipe)[1]
+    assert max(np.abs(bias).max() for _, bias, _ in integers_of(int8).values()) == 31
 
 
 # Closer to FP32
@@ -833,14 +810,6 @@ def test_equalization_changes_no_logit_and_evens_the_ranges():
     for name in ACTIVATIONS:
         factor = factors[name].numpy() if name in factors else 1
         np.testing.assert_allclose(ranges[name], before[name] * factor, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["second convolution", "everything"])
-def test_equalization_of_a_dead_network(name):
-    folded = observed(DEAD[name], PIXELS)
-    _, int8 = script.quantize_network(folded, PIXELS.to(DEVICE), as_constants(default(), *METHODS))
-    assert all(value.isfinite().all() for value in int8.state_dict().values())
-    assert torch.allclose(run(int8, PIXELS)[1], run(folded, PIXELS)[1], rtol=0.01)
 
 
 @pytest.mark.parametrize("changed", [(0, 0), (1, 0), (1, 1)])
@@ -954,12 +923,6 @@ def test_from_fp32_weights_to_refined_integers(six):
               for (name, (w, b)), (_, _, source, _) in zip(weights_of(fp32_model).items(), oracle.LAYERS)}
     assert_refined(recipe, METHODS, weights_of(fp32_model), fp32, before, int8)
     assert_same_pass(recipe, int8, torch.cat([MANY[:2], plain(0), plain(255)]))
-
-
-def test_bias_correction_stays_in_bias_bit(calibrated):
-    int8 = calibrated.cl_scale(as_constants(default(3)._replace(bias_bit=6), *METHODS))
-    script.refine(int8, calibrated, PIXELS.to(DEVICE))
-    assert max(np.abs(bias).max() for _, bias, _ in integers_of(int8).values()) == 31
 
 
 def test_refining_where_fp32_overflows():

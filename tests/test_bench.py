@@ -19,6 +19,7 @@ import torch
 from helpers import (
     DEVICE,
     METHODS,
+    MUTATIONS,
     PICTURES,
     SCRIPT,
     Place,
@@ -64,9 +65,9 @@ def test_each_constant_is_one_assignment_with_a_comment(usual):
 
 
 @pytest.mark.parametrize("line, hint", [
-    ("SMOOTHING = None", "LEGAL has no row for it"), ("SMOOTHING = {} # why", "LEGAL has no row for it"),
-    ("GTPQ = False", "did you mean GPTQ?"), ("EQUALISE = False     # none", "did you mean EQUALIZE?"),
-    ("WEIGHT_BITS=4", "did you mean WEIGHT_BIT?"), ("BIAS_CORECTION = True", "did you mean BIAS_CORRECTION?")])
+    ("SMOOTHING = None", "LEGAL"), ("SMOOTHING = {} # why", "LEGAL"), ("GTPQ = False", "GPTQ?"),
+    ("EQUALISE = False     # none", "EQUALIZE?"), ("WEIGHT_BITS=4", "WEIGHT_BIT?"),
+    ("BIAS_CORECTION = True", "BIAS_CORRECTION?")])
 def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, hint):
     """A new one would be without effect on the command line, a misspelt one everywhere."""
     text = SCRIPT.read_text()
@@ -74,7 +75,7 @@ def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, h
     (tmp_path / SCRIPT.name).write_text(text.replace("\nBIT = 8 ", f"\n{line}\nBIT = 8 "))
     monkeypatch.setattr(script, "__file__", str(tmp_path / SCRIPT.name))
     name = re.match(r"\w+", line)[0]
-    refuses(rf"{name}: no constant of this name, {re.escape(hint)}", script.read_constants)
+    refuses(rf"{name}: .* {re.escape(hint)}", script.read_constants)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -86,13 +87,14 @@ def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, h
     ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224), ("IMAGE_SIZE", (224.0, 224)), ("IMAGE_SIZE", (224,)),
     ("IMAGE_SIZE", [224, 224]), ("LAYER_BITS", 4), ("LAYER_BITS", None), ("LAYER_BITS", {"fc3": 4}),
     ("LAYER_BITS", {"bn1": 4}), ("LAYER_BITS", {"fc1": 9}), ("LAYER_BITS", {"fc1": 1}), ("LAYER_BITS", {"fc1": True}),
-    ("LAYER_BITS", {"cnn1": 4, "fc1": "4"}), ("LAYER_BITS", {4: 4}), ("LAYER_BITS", [("fc1", 4)])])
+    ("LAYER_BITS", {"cnn1": 4, "fc1": "4"}), ("LAYER_BITS", {4: 4}), ("LAYER_BITS", [("fc1", 4)]), ("GPTQ", None)])
 def test_illegal_constants(monkeypatch, name, value):
     """In the file, and in a recipe that a program of one's own makes."""
     monkeypatch.setattr(script, name, value)
     refuses(rf"{name} = .*: {illegal(name)}", script.read_constants)
     if name in script.LEGAL_RECIPE:
-        refuses(rf"{name} = .*: {illegal(name)}", script.INT8_Model, as_constants(notebook()) | {name: value})
+        for make in (script.INT8_Model, script.CNN_Model().fused().cl_scale):
+            refuses(rf"{name} = .*: {illegal(name)}", make, as_constants(notebook()) | {name: value})
 
 
 @pytest.mark.parametrize("name, values", {
@@ -156,14 +158,12 @@ def test_words_set_constants(given, words, changes):
 
 
 @pytest.mark.parametrize("words, line", [
-    (["GPTQ=True", "plain"], "plain: a preset comes before the constants that change it$"),
-    (["plain", "BIT=4", "notebook"], "notebook: a preset comes before the constants"),
-    (["GTPQ=False"], r"GTPQ: no constant of this name, did you mean GPTQ\?$"),
-    (["plain", "gptq=False"], r"gptq: .*did you mean GPTQ\?$"), (["--weight-bit=4"], r".*did you mean WEIGHT_BIT\?$"),
-    (["LAYERBITS={}"], r".*did you mean LAYER_BITS\?$"), (["notebok"], r"notebok: .*did you mean notebook\?$"),
-    (["PLAIN=True"], r".*did you mean plain\?$"), (["equalize"], r".*did you mean EQUALIZE\?$"),
-    (["GPTQ"], "GPTQ: give it a value, GPTQ=True for example$"), (["xyz=3"], "xyz: no constant of this name, .*--help"),
-    (["=3"], ".*--help"), ([""], ".*--help"), (["a\nb\x1b[2J"], ".*--help")], ids=str)
+    (["GPTQ=True", "plain"], "plain: .*before"), (["plain", "BIT=4", "notebook"], "notebook: .*before"),
+    (["GTPQ=False"], r"GTPQ: .* GPTQ\?$"), (["plain", "gptq=False"], r"gptq: .* GPTQ\?$"),
+    (["--weight-bit=4"], r".* WEIGHT_BIT\?$"), (["LAYERBITS={}"], r".* LAYER_BITS\?$"),
+    (["notebok"], r"notebok: .* notebook\?$"), (["PLAIN=True"], r".* plain\?$"), (["equalize"], r".* EQUALIZE\?$"),
+    (["GPTQ"], "GPTQ: .*GPTQ=True"), (["xyz=3"], "xyz: .*--help"), (["=3"], ".*--help"), ([""], ".*--help"),
+    (["a\nb\x1b[2J"], ".*--help")], ids=str)
 def test_words_that_are_refused(given, words, line):
     refuses(line, given, *words)
 
@@ -207,12 +207,10 @@ def test_help(place, words):
 
 def test_the_command_line_gives_what_the_edited_file_gives(place, tmp_path_factory):
     """The same report but for times, and the same checkpoint to the last byte."""
-    constants = PLAIN | dict(GPTQ=True, WEIGHT_BIT=5, LAYER_BITS={"fc1": 4, "cnn2": 7}, IMAGE_SIZE=(220, 227),
-                             BATCH_SIZE=4)
-    words = ["plain", "GPTQ=True", "WEIGHT_BIT=5", 'LAYER_BITS={"fc1": 4, "cnn2": 7}', "IMAGE_SIZE=(220, 227)",
-             "BATCH_SIZE=4"]
+    constants = dict(GPTQ=True, WEIGHT_BIT=5, LAYER_BITS={"fc1": 4, "cnn2": 7}, IMAGE_SIZE=(220, 227), BATCH_SIZE=4)
+    words = [f"{name}={value}" for name, value in constants.items()]
     edited = Place(tmp_path_factory.mktemp("edited"))
-    reports = [place.report(*words)[0], edited.report(**constants)[0]]
+    reports = [place.report("plain", *words)[0], edited.report(**PLAIN | constants)[0]]
     assert reports[0]["constants"] == reports[1]["constants"] and reports[0]["recipe"]["LAYER_BITS"]["fc1"] == 4
     assert figures_of(reports[0]) == figures_of(reports[1])
     files = [folder.files()["INT8_checkpoint.pth.tar"] for folder in (place, edited)]
@@ -449,22 +447,16 @@ def test_a_broken_row_is_left_out_and_said(table, row, capsys, broken):
     assert table.read_bytes().startswith(b"".join(lines)) and columns_of(rows)["run"] == ["1", "2", ">3"]
 
 
-@pytest.mark.parametrize("cut", [1, 30, 100])
-def test_a_truncated_last_line_does_not_swallow_the_next_row(table, row, capsys, cut):
-    """As a full disk or a stopped run leaves it."""
-    content = table.read_bytes()[:-cut]
+@pytest.mark.parametrize("change, read", [
+    (lambda content: content[:-1], "123"), (lambda content: content[:-30], "12"),
+    (lambda content: content[:-100], "12"), (lambda content: content.replace(b"\n", b"\r\n"), "123")], ids=["no line break", "cut", "cut more", "CRLF"])
+def test_lines_that_end_otherwise(table, row, capsys, change, read):
+    """As an editor, a full disk, a stopped run or a spreadsheet leaves them: the next row is not lost."""
+    content, new = change(table.read_bytes()), row | {"ms": "4"}
     table.write_bytes(content)
-    new = row | {"ms": "4"}
     rows, out = add(table, new, capsys)
     assert rows[-1] == rows_of(table)[-1] == new and table.read_bytes().startswith(content)
-    assert [each["ms"] for each in rows] == (["1", "2", "3", "4"] if cut == 1 else ["1", "2", "4"])
-    assert ("1 rows cannot be read" in out) == (cut > 1)
-
-
-def test_lines_that_a_spreadsheet_ended_its_own_way(table, row, capsys):
-    table.write_bytes(table.read_bytes().replace(b"\n", b"\r\n"))
-    rows, out = add(table, row | {"ms": "4"}, capsys)
-    assert [each["ms"] for each in rows] == ["1", "2", "3", "4"] and out == ""
+    assert [each["ms"] for each in rows] == [*read, "4"] and ("1 rows cannot be read" in out) == (read == "12")
 
 
 def aside(path):
@@ -519,8 +511,8 @@ def test_runs_at_the_same_time_lose_no_row(tmp_path, row, capsys, others):
 def test_mutated_tables(table, row, capsys, tmp_path):
     """Nothing but rows comes out, the table stays or is renamed byte by byte, and what is printed is printable."""
     content, rng, kept = table.read_bytes(), random.Random(20), 0
-    for i in range(300):
-        path, damaged = tmp_path / str(i) / "runs.csv", mutated(content, rng)
+    for i, kind in enumerate([*range(MUTATIONS)] * 10):
+        path, damaged = tmp_path / str(i) / "runs.csv", mutated(content, rng, kind)
         path.parent.mkdir()
         path.write_bytes(damaged)
         rows, out = add(path, row, capsys)
@@ -531,7 +523,7 @@ def test_mutated_tables(table, row, capsys, tmp_path):
         found = printed(rows).splitlines()
         assert all(line.isprintable() for line in [*out.splitlines(), *found]) and max(map(len, found)) <= 80, i
         kept += stays
-    assert 100 < kept < 300
+    assert 20 < kept < 80
 
 
 def test_a_table_that_cannot_be_written_ends_the_run_in_one_line(place):

@@ -30,7 +30,6 @@ PICTURES = ROOT / "cat_dog" / "val"
 SIZE = (224, 224)
 LAYERS, ACTIVATIONS, DEVICE = script.LAYERS, script.ACTIVATIONS, script.device()
 METHODS = ("EQUALIZE", "GPTQ", "BIAS_CORRECTION")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}      # for processes: where others hold its core a second one costs minutes
 EVERY_LAYER = [layer.name for layer in LAYERS]
 KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where the INT8 kernels must be exact
 
@@ -41,6 +40,14 @@ def blocks(text, language=""):
 
 
 # runs of the script
+
+def python(*arguments, cwd="/", environment=None):
+    """(exit status, stdout, stderr) of Python in a process of its own, which finds the script and the tests."""
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | paths | (environment or {}))
+    return done.returncode, done.stdout, done.stderr
+
 
 class Printed(io.BytesIO):
     """What a program prints, until it is more than any prints that ends."""
@@ -108,12 +115,10 @@ class Place:
         (self.folder / SCRIPT.name).write_text(text)
         return self.folder / SCRIPT.name
 
-    def run(self, *words, environment=ONE_THREAD, **constants):
+    def run(self, *words, environment=None, **constants):
         """Run the copy with these constants in a process of its own, and return (exit status, stdout, stderr)."""
         # from another folder: relative paths must be taken from the script's
-        done = subprocess.run([sys.executable, self.edit(**constants), *words], cwd="/", capture_output=True, text=True,
-                              timeout=300, env=os.environ | environment)
-        return done.returncode, done.stdout, done.stderr
+        return python(self.edit(**constants), *words, environment=environment)
 
     def report(self, *words, **constants):
         """(report.json, stdout) of a run in this process."""
@@ -156,12 +161,12 @@ def figures_of(report):
 
 # processes that Ctrl-C ends
 
-def started(program, **environment):
+def started(program):
     """The process of a program that writes into two pipes, as Python does it where nothing else is asked for."""
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)       # tests in the background: it is ignored
     process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=usual | ONE_THREAD | environment)
+                               env=usual)
     signal.signal(signal.SIGINT, before)
     return process
 

@@ -2,16 +2,14 @@
 import ast
 import contextlib
 import itertools
-import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
 import quantize_catdog
 
-from helpers import ONE_THREAD, README, ROOT, Place, blocks
+from helpers import README, ROOT, Place, blocks, python
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
 MEASURED = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")       # a figure
@@ -29,10 +27,9 @@ def place(tmp_path_factory):
 
 
 def run(place, *command):
-    done = subprocess.run([sys.executable, *command], cwd=place.folder, capture_output=True, text=True, timeout=300,
-                          env=os.environ | ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    status, out, err = python(*command, cwd=place.folder)
+    assert status == 0, err
+    return out
 
 
 def assert_same_but_for_digits(found, expected, share):

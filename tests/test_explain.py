@@ -6,10 +6,8 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -39,6 +37,7 @@ from helpers import (
     notebook,
     observed,
     one_line,
+    python,
     random_pixels,
     run_here,
     scales_of,
@@ -754,7 +753,7 @@ def test_bad_input_ends_it_with_one_line_and_leaves_what_was_there(place, monkey
 
 
 def test_ctrl_c_in_the_run(place):
-    process = started(start(place.folder), OMP_NUM_THREADS="1")
+    process = started(start(place.folder))
     for line in process.stdout:
         if line.startswith("Where do the ranges"):
             process.send_signal(signal.SIGINT)
@@ -795,11 +794,10 @@ for edit in ("", "del HEADROOM"):
 def test_under_a_notebooks_cell(place):
     """A small picture is shown, the notebook's constants count, then the words; its names stay what they were."""
     start(place.folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(place.folder / "ipython")}
-    done = subprocess.run([sys.executable, "-c", NOTEBOOK, place.folder], capture_output=True, text=True,
-                          cwd=place.folder, env=environment)
-    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout + done.stderr
-    first, edited, rest = done.stdout.split("overwritten []\n")
+    status, out, err = python("-c", NOTEBOOK, place.folder, cwd=place.folder,
+                              environment={"IPYTHONDIR": str(place.folder / "ipython")})
+    assert status == 0 and "Traceback" not in out, out + err
+    first, edited, rest = out.split("overwritten []\n")
     assert first.endswith("\nshown True True\n") and "shown" not in edited and rest == ""
     assert "EQUALIZE = False\n" in first and "WEIGHT_BIT = 5\n" in first and "BIAS_BIT = 29\n" in first
     assert "W5A8 Top1: " in first and "report.png and explain.json\n" in first

@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import quantize_catdog as script
 import torch
 
-from helpers import README, ROOT, blocks
+from helpers import README, ROOT, blocks, python
 
 onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
@@ -75,14 +74,9 @@ def checkpoint(network, tmp_path_factory):
 def exported(checkpoint):
     """The file of the default recipe, as the tool writes it, and what it printed."""
     path = checkpoint.with_name("INT8.onnx")
-    done = run_tool(checkpoint, path)
-    assert (done.returncode, done.stderr) == (0, "")
-    return path, done.stdout
-
-
-def run_tool(*arguments):
-    return subprocess.run([sys.executable, ROOT / "tools" / "export_onnx.py", arguments[0], "--output", arguments[1]],
-                          capture_output=True, text=True, timeout=300)
+    status, out, err = python(ROOT / "tools" / "export_onnx.py", checkpoint, "--output", path)
+    assert (status, err) == (0, "")
+    return path, out
 
 
 def engine_of(name, content):
@@ -319,21 +313,14 @@ def test_pictures_that_cannot_be_decoded_are_left_out(checkpoint, network, ten_p
     assert "no usable picture" in stopped_with(monkeypatch, checkpoint, output) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["missing", "FP32"])
-def test_a_checkpoint_that_cannot_be_used(kind, tmp_path, monkeypatch):
-    bad = tmp_path / "bad.pth.tar" if kind == "missing" else ROOT / "BEST_checkpoint.pth.tar"
+@pytest.mark.parametrize("kind", ["missing", "damaged", "FP32"])
+def test_a_checkpoint_that_cannot_be_used(kind, checkpoint, tmp_path, monkeypatch):
+    """SystemExit with a text is one line on stderr and exit status 1."""
+    bad = ROOT / "BEST_checkpoint.pth.tar" if kind == "FP32" else tmp_path / "bad.pth.tar"
+    if kind == "damaged":
+        bad.write_bytes(checkpoint.read_bytes()[:100_000])
     assert f"checkpoint {bad}" in stopped_with(monkeypatch, bad, tmp_path / "INT8.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_checkpoint(checkpoint, tmp_path):
-    """In a process of its own: one line on stderr, exit status 1."""
-    bad = tmp_path / "bad.pth.tar"
-    bad.write_bytes(checkpoint.read_bytes()[:100_000])
-    done = run_tool(bad, tmp_path / "INT8.onnx")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"checkpoint {bad} is damaged") and done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == [bad]
+    assert list(tmp_path.iterdir()) == [bad] * (kind == "damaged")
 
 
 @pytest.mark.parametrize("engine, module", [("ONNX Runtime", "onnxruntime"), ("OpenVINO", "nncf")])
@@ -369,8 +356,6 @@ def test_readme_classifies_a_picture_without_torch(exported, network, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "INT8.onnx").write_bytes(exported[0].read_bytes())
     (tmp_path / "cat_dog").symlink_to(ROOT / "cat_dog")
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + snippet], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stderr) == (0, "")
     expected, _ = network("default").predict(ROOT / "cat_dog" / "val" / "cat.4.jpg")
-    assert len(snippet.splitlines()) == 4 and done.stdout == f"{expected}\n"
+    assert python("-c", WITHOUT_TORCH + snippet, cwd=tmp_path) == (0, f"{expected}\n", "")
+    assert len(snippet.splitlines()) == 4

@@ -1,6 +1,5 @@
 """The script executed as the notebook it is: by Jupytext's cells, in one kernel, edited and run again."""
 import json
-import os
 import re
 import shutil
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 
-from helpers import ONE_THREAD, ROOT, Place
+from helpers import ROOT, Place
 
 
 class Notebook:
@@ -23,9 +22,6 @@ class Notebook:
         self.client = nbclient.NotebookClient(self.book, timeout=300, kernel_name="python3",
                                               resources={"metadata": {"path": str(place.folder)}})
         self.constants = self.cell('DATA_DIR = "cat_dog"')
-
-    def kernel(self):
-        return self.client.setup_kernel(env=os.environ | ONE_THREAD)
 
     def cell(self, word):
         """The number of the one code cell that holds the word."""
@@ -91,7 +87,7 @@ def places(tmp_path_factory):
 def notebook(places):
     """One that has been run from its first cell to its last."""
     notebook = Notebook(places[0])
-    with notebook.kernel():
+    with notebook.client.setup_kernel():
         notebook.run(0, None)
         yield notebook
 
@@ -135,7 +131,7 @@ def test_empty_folder_is_named_by_the_working_folder(tmp_path):
     place = Place(tmp_path / "elsewhere")
     place.folder = tmp_path
     notebook = Notebook(place)
-    with notebook.kernel():
+    with notebook.client.setup_kernel():
         name, lines = notebook.fails(0)
     assert (name, len(lines)) == ("InputError", 1)
     assert f"no usable picture in {tmp_path}/cat_dog/val" in lines[0]

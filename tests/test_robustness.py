@@ -19,7 +19,6 @@ from PIL import Image, ImageFilter
 
 from helpers import (
     MUTATIONS,
-    ONE_THREAD,
     PICTURES,
     ROOT,
     Calls,
@@ -134,7 +133,7 @@ def run_measured(place, **constants):
     """(exit status, stderr, most memory in bytes) of a run."""
     script = place.edit(**constants)
     with open(place.folder / "out.txt", "wb") as out, open(place.folder / "err.txt", "wb") as err:
-        process = subprocess.Popen([sys.executable, script], stdout=out, stderr=err, env=os.environ | ONE_THREAD)
+        process = subprocess.Popen([sys.executable, script], stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, (place.folder / "err.txt").read_text(errors="replace"), usage.ru_maxrss * 1024

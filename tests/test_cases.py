@@ -98,7 +98,7 @@ MEMORY = """
 import os, re, sys
 os.environ["PILLOW_BLOCK_SIZE"] = "64m"
 import quantize_catdog as script
-script.NUM_WORKERS, script.MOST_PIXELS = 16, 2**24
+script.NUM_WORKERS, script.MOST_PIXELS = 8, 2**24
 script.PERMITS = script.threading.Semaphore(4)
 pictures = script.CatDogDataset(sys.argv[1])
 
@@ -108,16 +108,16 @@ def most():        # KB so far; ru_maxrss would begin with that of the process t
 
 
 before = most()
-assert len(pictures.__getitems__(range(16))) == 16
+assert len(pictures.__getitems__(range(8))) == 8
 print((most() - before) // 1024)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux alone tells the most memory so")
 def test_pixels_decoded_at_one_time_are_bounded(tmp_path):
-    """16 pictures of 16 million pixels with transparency in 16 threads: one takes 200 to 330 MB, all take 4 GB."""
+    """8 pictures of 16 million pixels with transparency in 8 threads: one takes 200 to 330 MB, all take 2 GB."""
     Image.new("RGBA", (4000, 4000), (120, 100, 90, 200)).save(tmp_path / "cat.0.png", compress_level=1)
-    for i in range(1, 16):
+    for i in range(1, 8):
         os.link(tmp_path / "cat.0.png", tmp_path / f"cat.{i}.png")
     _, out, err = python("-c", MEMORY, tmp_path)
     assert err == "" and 100 < int(out) < 700
@@ -255,7 +255,7 @@ def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, m
 def test_limit_of_pixels_holds_wherever_decode_is_called(tmp_path):
     """Below Pillow's own limit, which is an importing program's."""
     Image.new("1", (8200, 8200)).save(tmp_path / "cat.png")
-    with pytest.raises(script.InputError, match="^has 67,240,000 pixels, more than 67,108,864$"):
+    with pytest.raises(script.InputError, match="67,240,000 .* 67,108,864"):
         script.decode(tmp_path / "cat.png", SIZE)
 
 

@@ -249,7 +249,7 @@ def test_sums_that_fp32_cannot_hold_are_computed_in_fp64(largest):
 
 def engine_checks(paths):
     """For each INT8 checkpoint and each INT8_ENGINE what `choose_engines` says, and the values' checksum."""
-    pixels, rows = script.CatDogDataset(PICTURES).first_pixels(4), []
+    pixels, rows = script.CatDogDataset(PICTURES).first_pixels(2), []
     for path in paths:
         row = {}
         for engine in ("reference", "onednn", "auto"):
@@ -301,7 +301,7 @@ def test_engine_on_other_processors(widths, isa, saturates):
         assert row["reference"]["crc"] == row["auto"]["crc"] == crc
         assert (row["onednn"]["crc"] != crc) == bool(saturates and wide)
         for name, compared in zip(LAYERS, VALUES):
-            assert forced[name]["engine"] == "onednn" and auto[name]["compared"] == 4 * compared
+            assert forced[name]["engine"] == "onednn" and auto[name]["compared"] == 2 * compared
             wrong = "VNNI" in auto[name]["why"] and "WEIGHT_BIT = 7" in auto[name]["why"]
             # few weights of fc2 and of cnn1 may have no pair that overflows
             assert wrong == (saturates and name in wide) or name in ("cnn1", "fc2") and not wrong
@@ -647,13 +647,15 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     for name, (content, _) in bad.items():
         (place.val / name).write_bytes(content)
     os.mkfifo(place.val / "cat.pipe.jpg")                   # to open it would wait for ever
-    (place.val / "dog.link.jpg").symlink_to("nowhere")
-    (place.val / "dog.name.jpg").symlink_to("x" * 300)      # no file has so long a name
+    links = {"nowhere": "No such file", "dog.link1.jpg": "symbolic links", "x" * 300: "name too long"}
+    for i, target in enumerate(links):                      # the second is a link to itself
+        (place.val / f"dog.link{i}.jpg").symlink_to(target)
     report, out = place.report(BATCH_SIZE=1)                # a batch may lose all its pictures
     reasons = {row["file"]: row["reason"] for row in report["skipped"]}
-    assert set(reasons) == {f"cat_dog/val/{name}" for name in [*bad, "cat.pipe.jpg", "dog.link.jpg", "dog.name.jpg"]}
-    assert all(words in reasons[f"cat_dog/val/{name}"] for name, (_, words) in bad.items())
-    assert " 11 files were left out" in out
+    expected = {name: words for name, (_, words) in bad.items()} | {"cat.pipe.jpg": "is not a file"} | {
+        f"dog.link{i}.jpg": words for i, words in enumerate(links.values())}
+    assert set(reasons) == {f"cat_dog/val/{name}" for name in expected} and " 12 files were left out" in out
+    assert all(words in reasons[f"cat_dog/val/{name}"] for name, words in expected.items())
     assert all(script.shorten(name, 78) in out for name in reasons)
     good = usual[1]
     assert report["images"]["evaluated"] == 6 and report["fp32"]["correct"] == good["fp32"]["correct"]
@@ -664,7 +666,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     report, out = place.report()
     assert {row["file"].replace("train", "val"): row["reason"].replace("cat_dog/train", "cat_dog/val")
             for row in report["skipped"]} == reasons
-    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 11 files were left out" in out
+    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 12 files were left out" in out
 
 
 def test_two_folders_of_one_name_have_their_own_left_out_files(place):
@@ -798,12 +800,12 @@ def test_answers_of_other_pictures_are_not_compared(place, monkeypatch):
     assert torch.equal(script.evaluate("", model, pictures).logits, second.logits)
     assert script.compare(first, first)["agreement"] == script.compare(second, second)["agreement"] == 1
     for answers in (second, other):
-        with pytest.raises(script.InputError, match="^FP32 and INT8 saw different pictures: run again"):
+        with pytest.raises(script.InputError, match="different pictures"):
             script.compare(first, answers)
 
 
 @pytest.mark.parametrize("keep_bytes, step, words", [
-    (0, "Quantize", "FP32 and INT8 saw different pictures"), (2**28, "Compare", "cat.1.jpg")])
+    (0, "Quantize", "different pictures"), (2**28, "Compare", "cat.1.jpg")])
 def test_picture_that_goes_during_the_run_ends_it(rerun, keep_bytes, step, words):
     """Between the passes, where its pixels are not kept in memory; or before its bytes are summed up."""
     rerun.refuse(words, KEEP_BYTES=keep_bytes, inserted=(step, f"os.remove({str(rerun.val / 'cat.1.jpg')!r})"))
@@ -956,17 +958,6 @@ KEYS = [f"scale_{name}" for name in oracle.ACTIVATIONS] + [
     f"{layer}.{key}" for layer in LAYERS for key in ("weight", "bias", "w_scale")]
 
 
-def test_int8_checkpoint_holds_tensors_and_the_recipe(usual):
-    place, report, _ = usual
-    saved = torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)    # plain values, or this raises
-    assert set(saved) == {"model", "recipe"} and list(saved["model"]) == KEYS
-    assert report["recipe"] == {name: report["constants"][name] for name in script.LEGAL_RECIPE}
-    assert json.loads(json.dumps(saved["recipe"])) == report["recipe"]
-    dtypes = {"weight": torch.int8, "bias": torch.int32}
-    assert all(value.dtype == dtypes.get(name.split(".")[-1], torch.float32) for name, value in saved["model"].items())
-    assert set(place.files()) == RESULTS
-
-
 def test_int8_checkpoint_alone_gives_the_same_answers(rerun, usual):
     """A few lines of Python do it: no FP32 weights, no calibration, whatever the constants say."""
     report, path = usual[1], rerun.results / "INT8_checkpoint.pth.tar"
@@ -1010,6 +1001,8 @@ def test_int8_checkpoint_loads_to_the_same_logits(saved, capfd, monkeypatch):
                             BIAS_BIT=9).items():
         monkeypatch.setattr(script, name, value)
     found = script.INT8_Model.load(path)
+    content = torch.load(path, weights_only=True)           # tensors and plain values, or this raises
+    assert set(content) == {"model", "recipe"} and list(content["model"]) == KEYS and content["recipe"] == int8.recipe
     assert list(found.state_dict()) == KEYS and found.recipe == int8.recipe and not found.training
     for name, value in int8.state_dict().items():
         assert found.state_dict()[name].dtype == value.dtype and torch.equal(found.state_dict()[name], value)
@@ -1134,26 +1127,19 @@ def test_predict_refuses_what_is_no_picture(model, picture):
         model.predict([PICTURES / "cat.0.jpg", picture])
 
 
-def test_loop_over_pictures_lives_on_at_broken_ones(model, tmp_path):
-    """`except Exception` is what programs write; nothing but InputError comes."""
+@pytest.mark.parametrize("name, words", [
+    ("broken.jpg", "cannot be decoded"), ("half.jpg", "truncated"), ("folder.jpg", "is not a file"),
+    ("pipe.jpg", "is not a file"), ("none.jpg", "FileNotFoundError")])
+def test_predict_names_a_broken_file(model, tmp_path, name, words):
+    """Nothing but InputError comes, so that a loop over files can live on."""
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "half.jpg").write_bytes((PICTURES / "cat.0.jpg").read_bytes()[:2000])
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
-    bad = {"broken.jpg": "cannot be decoded", "half.jpg": "truncated", "folder.jpg": "is not a file",
-           "pipe.jpg": "is not a file", "none.jpg": "cannot be decoded: FileNotFoundError"}
-    answers, errors = [], []
-    for file in [PICTURES / "cat.0.jpg", *[tmp_path / name for name in bad], PICTURES / "dog.0.jpg"]:
-        try:
-            answers.append(model.predict(file))
-        except Exception as error:
-            errors.append(error)
-    assert answers == model.predict([PICTURES / "cat.0.jpg", PICTURES / "dog.0.jpg"])
-    for error, (name, words) in zip(errors, bad.items(), strict=True):
-        assert isinstance(error, script.InputError) and str(error).startswith(f"{tmp_path / name} ")
-        assert words in str(error) and "\n" not in str(error)
-    with pytest.raises(script.InputError, match="half.jpg cannot be decoded"):
-        model.predict([PICTURES / "cat.0.jpg", str(tmp_path / "half.jpg")])
+    for pictures in (tmp_path / name, [PICTURES / "cat.0.jpg", str(tmp_path / name)]):
+        with pytest.raises(script.InputError, match=f"^{tmp_path / name} .*{words}") as error:
+            model.predict(pictures)
+        assert "\n" not in str(error.value)
 
 
 IMPORTING = """

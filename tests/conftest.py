@@ -16,7 +16,6 @@ from helpers import ROOT, Place
 def place(tmp_path):
     return Place(tmp_path)
 
-
 @pytest.fixture(scope="session")
 def usual(tmp_path_factory):
     """(place, report, stdout) of a run as a user starts it, on six pictures of each split and all cores. No test
@@ -26,13 +25,11 @@ def usual(tmp_path_factory):
     assert (status, err) == (0, ""), err
     return place, place.last_report(), out
 
-
 @pytest.fixture
 def rerun(place, usual):
     """A place whose results/ is that of the run `usual`."""
     shutil.copytree(usual[0].results, place.results)
     return place
-
 
 @pytest.fixture(scope="session")
 def state():

@@ -19,7 +19,6 @@ from helpers import png_chunk as chunk
 y, x = np.mgrid[0:64, 0:96]
 DRAWN = np.stack([x * 255 // 95, y * 255 // 63, (x + y) * 255 // 158], -1).astype(np.uint8)
 
-
 # pictures whose pixels are fine, but what lies beside them is not
 
 def png(*chunks):
@@ -28,7 +27,6 @@ def png(*chunks):
     head = struct.pack(">LLBBBBB", 96, 64, 8, 2, 0, 0, 0)
     return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head), *chunks, chunk(b"IDAT", zlib.compress(rows)),
                      chunk(b"IEND", b"")])
-
 
 def exif(orientation, *entries):
     """An EXIF block; entries: (tag, type, count, bytes), each after the orientation."""
@@ -40,12 +38,10 @@ def exif(orientation, *entries):
         data += raw if len(raw) > 4 else b""
     return b"II*\0\x08\0\0\0" + head + bytes(4) + data
 
-
 def webp(block):
     file = io.BytesIO()
     Image.fromarray(DRAWN).save(file, "webp", lossless=True, exif=block)
     return file.getvalue()
-
 
 RESOLUTION_AS_TEXT = 0x11a, 2, 8, b"300 dpi\0"
 BESIDE = {
@@ -62,7 +58,6 @@ BESIDE = {
     "an international text of 2 MB": (png(chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(b"x" * 2**21))), 1),
 }
 
-
 @pytest.mark.parametrize("kind", BESIDE)
 def test_what_lies_beside_the_pixels_does_not_cost_the_picture(tmp_path, monkeypatch, kind):
     content, orientation = BESIDE[kind]
@@ -76,7 +71,6 @@ def test_what_lies_beside_the_pixels_does_not_cost_the_picture(tmp_path, monkeyp
     assert np.array_equal(script.decode(tmp_path / "cat", SIZE), expected)
     assert np.array_equal(script.decode(content, SIZE), expected)
 
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation(orientation):
     turned = {1: DRAWN, 2: DRAWN[:, ::-1], 3: DRAWN[::-1, ::-1], 4: DRAWN[::-1], 5: DRAWN.transpose(1, 0, 2),
@@ -88,11 +82,9 @@ def test_every_orientation(orientation):
         assert np.array_equal(script.decode(image, SIZE), expected)
         assert np.array_equal(np.asarray(image), DRAWN)     # the caller's picture is not turned
 
-
 def test_a_folder_one_level_too_high_is_named(place):
     (place.folder / "a" / "pets" / "val").mkdir(parents=True)
     place.refuse("no usable picture", "set DATA_DIR to ", "a/pets?", DATA_DIR="a", EVALUATION_SPLIT="val")
-
 
 MEMORY = """
 import os, re, sys
@@ -112,7 +104,6 @@ assert len(pictures.__getitems__(range(8))) == 8
 print((most() - before) // 1024)
 """
 
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux alone tells the most memory so")
 def test_pixels_decoded_at_one_time_are_bounded(tmp_path):
     """8 pictures of 16 million pixels with transparency in 8 threads: one takes 200 to 330 MB, all take 2 GB."""
@@ -122,12 +113,10 @@ def test_pixels_decoded_at_one_time_are_bounded(tmp_path):
     _, out, err = python("-c", MEMORY, tmp_path)
     assert err == "" and 100 < int(out) < 700
 
-
 # checkpoints
 
 def with_prefix(prefix, state):
     return {f"{prefix}{name}": value for name, value in state.items()}
-
 
 SAVED = {
     "a bare state_dict": lambda state: state,
@@ -145,7 +134,6 @@ SAVED = {
         name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
 }
 
-
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("kind", SAVED)
 def test_weights_as_people_save_them(tmp_path, state, kind, protocol):
@@ -158,7 +146,6 @@ def test_weights_as_people_save_them(tmp_path, state, kind, protocol):
         for name, value in state.items():
             if value.is_floating_point() and not name.startswith("range_"):
                 assert torch.equal(found[name], value if kind != "half precision" else value.half().float()), name
-
 
 def test_what_the_safe_loader_refuses_is_named_with_the_way_out(tmp_path, state):
     """None of these is damaged."""
@@ -173,7 +160,6 @@ def test_what_the_safe_loader_refuses_is_named_with_the_way_out(tmp_path, state)
     torch.save({"model": {"conv1.weight": state["cnn1.weight"], "conv1.bias": state["cnn1.bias"]}}, path)
     refused(path, "cnn1.weight is missing; it holds conv1.weight, conv1.bias")
 
-
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
 def test_a_pickled_network_is_folded_with_its_own_eps(tmp_path, state, eps):
     model = loaded(state)
@@ -185,7 +171,6 @@ def test_a_pickled_network_is_folded_with_its_own_eps(tmp_path, state, eps):
         assert torch.equal(found(pixels), model(pixels))
         assert torch.allclose(found.fused()(pixels), model(pixels), atol=1e-4)
         assert torch.equal(found(pixels), loaded(state)(pixels)) == (eps == 1e-5)
-
 
 # states of torch
 
@@ -201,12 +186,10 @@ def answers(place):
     return (content, script.evaluate("FP32", folded, val).logits.tolist(),
             script.evaluate("INT8", int8, val).logits.tolist(), predicted, [row["different"] for row in rows])
 
-
 @pytest.fixture(scope="module")
 def usual_answers(tmp_path_factory):
     place = Place(tmp_path_factory.mktemp("states"))
     return place, answers(place)
-
 
 @pytest.mark.parametrize("kind", ["autocast", "float64", "bfloat16", "inference mode", "deterministic", "threads"])
 def test_same_bits_in_every_state_of_torch(usual_answers, kind):
@@ -224,7 +207,6 @@ def test_same_bits_in_every_state_of_torch(usual_answers, kind):
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
 
-
 # a program of one's own
 
 def test_a_network_that_is_loaded_in_inference_mode_is_used_outside(usual_answers):
@@ -232,7 +214,6 @@ def test_a_network_that_is_loaded_in_inference_mode_is_used_outside(usual_answer
     with torch.inference_mode():
         model = script.INT8_Model.load(io.BytesIO(expected[0]))
     assert model.predict(place.val / "cat.0.jpg") == expected[3][0]
-
 
 def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, monkeypatch):
     """For that input alone; it is asked for or not."""
@@ -251,13 +232,11 @@ def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, m
     with pytest.raises(RuntimeError, match="primitive"):
         model.predict(files)
 
-
 def test_limit_of_pixels_holds_wherever_decode_is_called(tmp_path):
     """Below Pillow's own limit, which is an importing program's."""
     Image.new("1", (8200, 8200)).save(tmp_path / "cat.png")
     with pytest.raises(script.InputError, match="67,240,000 .* 67,108,864"):
         script.decode(tmp_path / "cat.png", SIZE)
-
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])       # "auto": every other run
 def test_device(place, name):

@@ -41,7 +41,6 @@ NEW_OPTION = [
 """),
 ]
 
-
 class Copy:
     """A folder with an edited copy of the script, a checkpoint of random weights, and a few pictures."""
 
@@ -79,12 +78,10 @@ class Copy:
         assert (status, err) == (0, ""), err
         return json.loads((self.folder / "results" / "report.json").read_text()), out
 
-
 def close_to_fp32(report):
     """The INT8 network computes what the FP32 network does: another one would have 0 dB."""
     assert report["logit_sqnr_db"] > 25
     assert [row["different"] for row in report["engines"]] == [0] * len(report["layers"]["layer"])
-
 
 def test_a_fifth_block_is_four_edits(tmp_path):
     report, _ = Copy(tmp_path, FIFTH_BLOCK).run()
@@ -98,7 +95,6 @@ def test_a_fifth_block_is_four_edits(tmp_path):
     sizes = [channels * side**2 for channels, side in sides] + [512, 2]
     assert [row["compared"] for row in report["engines"]] == [8 * size for size in sizes]
 
-
 @pytest.mark.parametrize("forgotten", range(4), ids=["init", "FP32 forward", "INT8 forward", "LAYERS"])
 def test_a_forgotten_edit_is_an_error(tmp_path, forgotten):
     """It must not be another network without a word."""
@@ -111,12 +107,10 @@ def test_a_forgotten_edit_is_an_error(tmp_path, forgotten):
     assert status == 1 and re.search("(?m)^(RuntimeError|AttributeError|KeyError|calibrate first)", err), err
     assert not (tmp_path / "results").exists()
 
-
 def test_another_channel_count_is_init_alone(tmp_path):
     report, _ = Copy(tmp_path, FEWER_CHANNELS).run()
     close_to_fp32(report)
     assert report["layers"]["weight shape"][1:3] == ["24x16x5x5", "16x24x3x3"]
-
 
 def test_a_third_class_is_its_name_and_a_checkpoint(tmp_path):
     copy = Copy(tmp_path, THIRD_CLASS, ("cat", "dog", "bird"))
@@ -130,7 +124,6 @@ def test_a_third_class_is_its_name_and_a_checkpoint(tmp_path):
     model = copy.module().INT8_Model.load(tmp_path / "results" / "INT8_checkpoint.pth.tar")
     name, logits = model.predict(tmp_path / "cat_dog" / "val" / "bird.0.jpg")
     assert len(logits) == 3 and name == ("cat", "dog", "bird")[logits.index(max(logits))]
-
 
 def test_a_new_option_is_its_constant_its_row_and_its_use(tmp_path):
     copy = Copy(tmp_path, NEW_OPTION)

@@ -54,12 +54,10 @@ class Notebook:
         """What the cell that holds the word has printed."""
         return "".join(output.get("text", "") for output in self.book.cells[self.cell(word)].outputs)
 
-
 def results(place):
     folder = place.folder / "results"
     tensors = torch.load(folder / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
     return json.loads((folder / "report.json").read_text()), tensors
-
 
 def assert_same_run(place, plain, **constants):
     """The notebook's results against those of the file run as a program, with the same constants."""
@@ -72,7 +70,6 @@ def assert_same_run(place, plain, **constants):
     assert list(tensors) == list(expected_tensors)
     assert all(torch.equal(tensor, expected_tensors[name]) for name, tensor in tensors.items())
 
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Two folders: one for a notebook, one for the file as a program. Each has calibration pictures of two kinds."""
@@ -82,7 +79,6 @@ def places(tmp_path_factory):
         shutil.copytree(place.val, place.val.with_name("other"))
     return made
 
-
 @pytest.fixture(scope="module")
 def notebook(places):
     """One that has been run from its first cell to its last."""
@@ -91,12 +87,10 @@ def notebook(places):
         notebook.run(0, None)
         yield notebook
 
-
 # the first cell of the run, and those of its steps
 FIRST, FOLD, QUANTIZE = "set_constants(sys.argv", "folded = model.fused()", "int8_model = quantize_network("
 EVALUATE, SAVE = "int8 = evaluate(", "print_runs(add_run("
 VALUES = 16 * 220**2 + 32 * 106**2 + 16 * 51**2 + 8 * 23**2 + 512 + 2      # outputs of all layers for a picture
-
 
 def test_as_a_notebook(places, notebook):
     place, plain = places
@@ -125,7 +119,6 @@ def test_as_a_notebook(places, notebook):
     notebook.edit("EQUALIZE = False", "EQUALIZE = True ")
     notebook.run(notebook.constants)        # the next test starts where this one did
 
-
 def test_empty_folder_is_named_by_the_working_folder(tmp_path):
     shutil.copy(ROOT / "quantize_catdog.py", tmp_path)
     place = Place(tmp_path / "elsewhere")
@@ -137,7 +130,6 @@ def test_empty_folder_is_named_by_the_working_folder(tmp_path):
     assert f"no usable picture in {tmp_path}/cat_dog/val" in lines[0]
     assert not (tmp_path / "results").exists()
 
-
 def test_fold_again_without_calibration_is_an_error(places, notebook):
     before = results(places[0])[0]
     notebook.run(notebook.cell(FOLD), notebook.cell(FOLD) + 1)
@@ -145,7 +137,6 @@ def test_fold_again_without_calibration_is_an_error(places, notebook):
     assert name == "InputError" and "calibrate first" in lines[0]
     assert results(places[0])[0] == before
     notebook.run(notebook.constants)
-
 
 @pytest.mark.parametrize("line, other", [("BIT = 8 ", "BIT = 4 "),
                                          ("IMAGE_SIZE = (224, 224)", "IMAGE_SIZE = (220, 220)")])
@@ -158,7 +149,6 @@ def test_network_of_other_constants_is_not_evaluated(places, notebook, line, oth
     assert results(places[0])[0] == before
     notebook.edit(f"\n{other}", f"\n{line}")
     notebook.run(notebook.constants, notebook.cell(EVALUATE))
-
 
 def test_recipe_is_read_where_the_network_is_quantized(places, notebook):
     notebook.edit("WEIGHT_BIT = 8 ", "WEIGHT_BIT = 5 ")
@@ -173,7 +163,6 @@ def test_recipe_is_read_where_the_network_is_quantized(places, notebook):
     notebook.edit("WEIGHT_BIT = 5 ", "WEIGHT_BIT = 8 ")
     notebook.run(notebook.constants)
 
-
 def test_other_calibration_pictures_must_calibrate(places, notebook):
     before = results(places[0])[0]
     notebook.edit('CALIBRATION_SPLIT = "train"', 'CALIBRATION_SPLIT = "other"')
@@ -182,7 +171,6 @@ def test_other_calibration_pictures_must_calibrate(places, notebook):
     assert results(places[0])[0] == before
     notebook.run(notebook.constants)
     assert_same_run(*places, CALIBRATION_SPLIT="other")
-
 
 def test_markdown_cells_head_each_step():
     """Each step of the run is a cell of its own at column 0, with a sentence before it."""
@@ -194,7 +182,6 @@ def test_markdown_cells_head_each_step():
     for i in steps:
         assert cells[i - 1].cell_type == "markdown" and len(cells[i - 1].source.split()) > 8
         compile(cells[i].source, "cell", "exec")
-
 
 def test_executed_notebook_is_the_script():
     """The one that is there to be read has the script's cells, each run without an error, and is small."""

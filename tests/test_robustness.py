@@ -36,7 +36,6 @@ SEED = 20              # of all mutations
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")        # as the script ignores them
 MEGABYTE = 2**20
 
-
 # layouts
 
 def test_which_files_are_pictures_of_a_folder(tmp_path, monkeypatch):
@@ -64,7 +63,6 @@ def test_which_files_are_pictures_of_a_folder(tmp_path, monkeypatch):
             assert pictures.files == expected and pictures.labels == [int("og" in file) for file in expected]
             assert pictures.skipped == {}
 
-
 # pictures under attack
 
 def bases():
@@ -89,7 +87,6 @@ def bases():
         found.append((ending, file.getvalue()))
     return found
 
-
 def jpeg_that_promises(width, height):
     with Image.open(PICTURES / "cat.0.jpg") as image:
         file = io.BytesIO()
@@ -98,7 +95,6 @@ def jpeg_that_promises(width, height):
     at = data.index(b"\xff\xc0")
     data[at + 5:at + 9] = struct.pack(">HH", height, width)
     return bytes(data)
-
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
@@ -127,7 +123,6 @@ def attacked(tmp_path_factory):
     (folder / "cat.forbidden.jpg").chmod(0)
     return place, folder
 
-
 def run_measured(place, **constants):
     """(exit status, stderr, most memory in bytes) of a run."""
     script = place.edit(**constants)
@@ -136,7 +131,6 @@ def run_measured(place, **constants):
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, (place.folder / "err.txt").read_text(errors="replace"), usage.ru_maxrss * 1024
-
 
 def test_three_hundred_bad_pictures(attacked):
     """The run ends well, within the memory that the README states; each file is used or named with its reason."""
@@ -153,7 +147,6 @@ def test_three_hundred_bad_pictures(attacked):
     assert len(reasons) > 80 and all(reason and "\n" not in reason for reason in reasons.values())
     assert report["layers"] == clean["layers"]                                  # calibrated on the good ones
 
-
 def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
     """To the last bit, in FP32 and in INT8."""
     place, folder = attacked
@@ -169,7 +162,6 @@ def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
         for name, logits in zip(expected.files, expected.logits):
             assert torch.equal(rows[f"good.{name}"], logits), name
 
-
 # checkpoints under attack
 
 @pytest.fixture(scope="module", params=["FP32", "INT8"])
@@ -181,7 +173,6 @@ def checkpoint(request, state):
     int8 = quantized(state)[0]
     return script.int8_checkpoint(int8), int8.state_dict(), script.INT8_Model.load
 
-
 def loads_the_same(path, load, expected):
     """Whether a checkpoint is loaded, and then with exactly these values; else it is refused in one line."""
     try:
@@ -191,7 +182,6 @@ def loads_the_same(path, load, expected):
         return False
     assert list(found) == list(expected) and all(torch.equal(found[name], value) for name, value in expected.items())
     return True
-
 
 def test_mutated_checkpoints(checkpoint, tmp_path):
     """Also a single flipped bit in a weight, which torch's loader would take for the weight."""
@@ -212,7 +202,6 @@ def test_mutated_checkpoints(checkpoint, tmp_path):
     path.write_bytes(flipped)
     assert not loads_the_same(path, load, expected)
 
-
 def with_parts(data, change):
     """The archive with its parts changed, checksums right again. change: {name's end: function of bytes}."""
     file = io.BytesIO()
@@ -223,7 +212,6 @@ def with_parts(data, change):
                 content = function(content) if name.endswith(end) else content
             new.writestr(name, content)
     return file.getvalue()
-
 
 def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch):
     """Nothing but InputError comes out, nothing not finite comes in, and nothing is executed."""
@@ -241,17 +229,14 @@ def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch)
             for name, value in expected.items():
                 assert found[name].shape == value.shape and found[name].float().isfinite().all(), name
 
-
 def beside_good_weights(data, value, key=b"note"):
     """A good checkpoint's bytes with one more entry beside the weights: a value in pickle's opcodes."""
     entry = b"X" + struct.pack("<I", len(key)) + key + value + b"s."
     return with_parts(data, {"data.pkl": lambda content: content[:-1] + entry})
 
-
 def opcodes(value):
     """A value's pickle, without its frame."""
     return pickle.dumps(value, 2)[2:-1]
-
 
 HOSTILE = {     # opcodes, and what is there where they have been executed
     "os.mkdir": lambda path: opcodes(Calls(os.mkdir, str(path))),
@@ -261,7 +246,6 @@ HOSTILE = {     # opcodes, and what is there where they have been executed
     "as a list's item": lambda path: opcodes([1, {"a": Calls(os.mkdir, str(path))}]),
     "attributes of a class": lambda path: opcodes(Calls(setattr, torch.nn.Conv2d, "forward", None)),
 }
-
 
 @pytest.mark.parametrize("key", [b"note", b"model", b"recipe"])
 @pytest.mark.parametrize("name", HOSTILE)
@@ -279,14 +263,12 @@ def test_hostile_pickles(tmp_path, monkeypatch, checkpoint, name, key):
     torch.load(path, weights_only=False)
     assert target.exists() or torch.nn.Conv2d.forward is None
 
-
 def test_hostile_pickle_in_the_format_of_torch_before_1_6(tmp_path, state):
     path = tmp_path / "c.pth.tar"
     torch.save({"model": state, "note": Calls(os.mkdir, str(tmp_path / "executed"))}, path,
                _use_new_zipfile_serialization=False)
     refused(path, "damaged")
     assert not (tmp_path / "executed").exists()
-
 
 @pytest.mark.parametrize("value", [b"(" * 100_000 + b"t" * 100_000, b"(" + b"K\x01" * 10**5 + b"t"],
                          ids=["nested deep", "a huge tuple"])
@@ -295,7 +277,6 @@ def test_large_pickles(tmp_path, checkpoint, value):
     data, expected, load = checkpoint
     (tmp_path / "c.pth.tar").write_bytes(beside_good_weights(data, value))
     assert loads_the_same(tmp_path / "c.pth.tar", load, expected)
-
 
 @pytest.mark.parametrize("name", script.PICKLED_CLASSES)
 def test_class_that_a_pickle_may_name_makes_nothing(tmp_path, monkeypatch, name):
@@ -307,12 +288,10 @@ def test_class_that_a_pickle_may_name_makes_nothing(tmp_path, monkeypatch, name)
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module is made"))
     assert vars(script.read_checkpoint(path)[0]["model"]) == {}
 
-
 def test_parts_that_are_too_small(tmp_path):
     path = tmp_path / "c.pth.tar"
     path.write_bytes(with_parts((ROOT / "BEST_checkpoint.pth.tar").read_bytes(), {"/data/0": lambda part: part[:8]}))
     refused(path, "cannot be loaded safely")
-
 
 @pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch, state):
@@ -325,7 +304,6 @@ def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch, state
     monkeypatch.setattr(script, "LARGEST_CHECKPOINT", 4 * MEGABYTE)
     refused(path, "damaged")
 
-
 # same in, same out
 
 @pytest.fixture(scope="module")
@@ -335,11 +313,9 @@ def eleven(tmp_path_factory):
     (place.val / "dog.5.jpg").unlink()
     return place, *run_of(place)
 
-
 def run_of(place, **constants):
     report, _ = place.report(**constants)
     return report, torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
-
 
 @pytest.mark.parametrize("constants", [
     dict(BATCH_SIZE=1), dict(BATCH_SIZE=2, NUM_WORKERS=1, DECODED_TOGETHER=4), dict(BATCH_SIZE=4096, NUM_WORKERS=7),
@@ -350,7 +326,6 @@ def test_batches_workers_and_engines_change_nothing(eleven, constants):
     report, found = run_of(place, **constants)
     assert figures_of(report) == figures_of(expected)
     assert all(torch.equal(found[name], value) for name, value in tensors.items()) and len(found) == len(tensors)
-
 
 def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
     """Ranges and logits of pictures that come in another order, and so beside others, to the last bit."""
@@ -374,7 +349,6 @@ def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found[0][0] + found[0][2], found[1][0] + found[1][2]))
     assert found[0][1] == found[1][1]
 
-
 # progress, Ctrl-C, closed pipes, full disks
 
 @pytest.mark.parametrize("seconds, lines", [
@@ -395,7 +369,6 @@ def test_progress(monkeypatch, capsys, seconds, lines):
     script.evaluate("x", lambda pixels, observe: torch.tensor([[1.0, 0.0]]).expand(len(pixels), 2), pictures)
     assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines)
 
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """(place with the results of a run, these)."""
@@ -403,11 +376,9 @@ def done(tmp_path_factory):
     place.report()
     return place, place.files()
 
-
 @pytest.mark.parametrize("step", ["Load", "Save"])
 def test_ctrl_c_in_the_run(done, step):
     stopped(started(done[0].edit((step, "import signal\nos.kill(os.getpid(), signal.SIGINT)"))), *done)
-
 
 @pytest.mark.parametrize("lines", [0, 43])
 def test_closed_pipe(done, lines):
@@ -421,7 +392,6 @@ def test_closed_pipe(done, lines):
     assert process.wait(timeout=300) == 1
     assert place.files() == before
 
-
 def test_full_disk(tmp_path):
     """A real one, where the tests may mount it."""
     place = Place(tmp_path)
@@ -433,7 +403,6 @@ def test_full_disk(tmp_path):
         place.refuse("cannot write", str(place.results), "No space left on device", "OUTPUT_DIR")
     finally:
         subprocess.run(["umount", place.results], check=True)
-
 
 # scale
 

@@ -30,17 +30,21 @@ PICTURES = ROOT / "cat_dog" / "val"
 SIZE = (224, 224)
 LAYERS, ACTIVATIONS, DEVICE = script.LAYERS, script.ACTIVATIONS, script.device()
 METHODS = ("EQUALIZE", "GPTQ", "BIAS_CORRECTION")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}      # for processes: where others hold its core a second one costs minutes
 EVERY_LAYER = [layer.name for layer in LAYERS]
 KERNELS = DEVICE.type == "cpu" and torch.cpu._is_vnni_supported()      # where the INT8 kernels must be exact
-
 
 def blocks(text, language=""):
     """The code blocks of a Markdown text in this language."""
     return [code for name, code in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text) if name == language]
 
-
 # runs of the script
+
+def python(*arguments, cwd="/", environment=None):
+    """(exit status, stdout, stderr) of Python in a process of its own, which finds the script and the tests."""
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | paths | (environment or {}))
+    return done.returncode, done.stdout, done.stderr
 
 class Printed(io.BytesIO):
     """What a program prints, until it is more than any prints that ends."""
@@ -48,7 +52,6 @@ class Printed(io.BytesIO):
     def write(self, content):
         assert self.tell() < 10**6, "it prints without end"
         return super().write(content)
-
 
 def run_here(path, *words):
     """(exit status, stdout, stderr) of a program that is run in this process, from another folder: no time for imports.
@@ -76,7 +79,6 @@ def run_here(path, *words):
             for warning in warned:
                 print(warning.message, file=sys.stderr)
     return status, *[stream.buffer.getvalue().decode() for stream in (out, err)]
-
 
 class Place:
     """A folder with a copy of the script, the checkpoint, and a few pictures of each split: no picture is in both.
@@ -108,12 +110,10 @@ class Place:
         (self.folder / SCRIPT.name).write_text(text)
         return self.folder / SCRIPT.name
 
-    def run(self, *words, environment=ONE_THREAD, **constants):
+    def run(self, *words, environment=None, **constants):
         """Run the copy with these constants in a process of its own, and return (exit status, stdout, stderr)."""
         # from another folder: relative paths must be taken from the script's
-        done = subprocess.run([sys.executable, self.edit(**constants), *words], cwd="/", capture_output=True, text=True,
-                              timeout=300, env=os.environ | environment)
-        return done.returncode, done.stdout, done.stderr
+        return python(self.edit(**constants), *words, environment=environment)
 
     def report(self, *words, **constants):
         """(report.json, stdout) of a run in this process."""
@@ -138,13 +138,11 @@ class Place:
             return {}
         return {file.name: file.read_bytes() if file.is_file() else None for file in self.results.iterdir()}
 
-
 def one_line(status, err, *words):
     assert status == 1
     assert len(err.strip().splitlines()) == 1 and err.strip().isprintable() and "Traceback" not in err, err
     for word in words:
         assert word in err
-
 
 def figures_of(report):
     """All of a report that other batches, threads, engines and layouts of the same pictures must leave as it is."""
@@ -153,38 +151,16 @@ def figures_of(report):
     keys = ("images", "layers", "recipe", "agreement", "flips", "logit_sqnr_db", "mcnemar", "skipped", "inputs")
     return networks | {key: report[key] for key in keys}
 
-
 # processes that Ctrl-C ends
 
-# named like the module that Python imports before a program, to come before its imports
-INTERRUPTED = """
-import os, signal, sys
-
-
-class Interrupt:
-    left = int(os.environ["IMPORTS"])
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if sys.excepthook is not sys.__excepthook__:        # the program has begun
-            cls.left -= 1
-            if cls.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-
-sys.meta_path.insert(0, Interrupt)
-"""
-
-
-def started(program, **environment):
+def started(program):
     """The process of a program that writes into two pipes, as Python does it where nothing else is asked for."""
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)       # tests in the background: it is ignored
     process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=usual | ONE_THREAD | environment)
+                               env=usual)
     signal.signal(signal.SIGINT, before)
     return process
-
 
 def stopped(process, place, before):
     """The process ends as one that Ctrl-C ends, with one line, and the results are those of before."""
@@ -193,13 +169,11 @@ def stopped(process, place, before):
     assert process.returncode == -signal.SIGINT             # so that a shell ends a loop over runs
     assert place.files() == before
 
-
 # pictures and checkpoints
 
 def to_tensor(pictures):
     """n times uint8 (height, width, 3) -> uint8 (n, 3, height, width), channels last in memory."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
 
 class Pictures(script.CatDogDataset):
     """A CatDogDataset of these pixels, without files. All are cats where no labels say otherwise."""
@@ -213,25 +187,22 @@ class Pictures(script.CatDogDataset):
     def __getitems__(self, indices):
         return [(self.pixels[i], self.labels[i]) for i in indices]
 
-
 def batches(pictures, size=5):
     """(pixels, labels) of a CatDogDataset, batch by batch, as the run's DataLoader gives them."""
     return DataLoader(pictures, size, collate_fn=pictures.collate_fn)
 
-
 def png_chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
 
 def png_header_that_promises(width, height):
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + png_chunk(
         b"IDAT", b"") + png_chunk(b"IEND", b"")
 
+MUTATIONS = 8
 
-def mutated(data, rng):
-    """The bytes after one of several accidents."""
+def mutated(data, rng, kind):
+    """The bytes after an accident of one of MUTATIONS kinds."""
     data = bytearray(data)
-    kind = rng.randrange(8)
     at = rng.randrange(len(data))
     if kind == 0:
         del data[at:]                                               # cut off
@@ -253,7 +224,6 @@ def mutated(data, rng):
         data[at:] = data[:len(data) - at]                           # its own beginning again
     return bytes(data)
 
-
 class Calls:
     """Pickled, it is a call of a function."""
 
@@ -262,12 +232,6 @@ class Calls:
 
     def __reduce__(self):
         return self.function, self.arguments
-
-
-def hostile(path):
-    """Unpickled, it makes a folder."""
-    return Calls(os.mkdir, str(path))
-
 
 def refused(path, *words, load=script.load_checkpoint):
     """A checkpoint is refused in one line that holds its path and the words."""
@@ -278,13 +242,11 @@ def refused(path, *words, load=script.load_checkpoint):
     for word in (*words, str(path)):
         assert word in message
 
-
 def loaded(state):
     """The FP32 network of {name: tensor}."""
     model = script.CNN_Model().eval()
     model.load_state_dict(state, strict=False)
     return model
-
 
 def quantized(state, **recipe):
     """(INT8_Model, pixels): calibrated on one picture by the recipe in the constants, and that picture."""
@@ -296,7 +258,6 @@ def quantized(state, **recipe):
         folded(pixels, folded.update_range)
     return folded.cl_scale(recipe), pixels
 
-
 # recipes, for the oracle and for the script
 
 def default(bit=8, weight_bit=None):
@@ -304,18 +265,15 @@ def default(bit=8, weight_bit=None):
     return oracle.Recipe(bit, weight_bit or bit, per_channel=True, unsigned=True, bias_bit=32, quantize_logits=False,
                          headroom=2)
 
-
 def notebook(bit=8, weight_bit=None):
     """The notebook's recipe; its biases have twice as many bits as its weights."""
     weight_bit = weight_bit or bit
     return oracle.Recipe(bit, weight_bit, per_channel=False, unsigned=False, bias_bit=2 * weight_bit,
                          quantize_logits=True, headroom=1)
 
-
 def case_name(recipe):
     layers = "".join(f"-{name}W{bit}" for name, bit in recipe.layer_bits.items())
     return f"{'default' if recipe.per_channel else 'notebook'}-W{recipe.weight_bit}A{recipe.bit}{layers}"
-
 
 def as_constants(recipe, *methods):
     """{constant: value} of a recipe, as the script takes it; of its three methods those that are named."""
@@ -323,7 +281,6 @@ def as_constants(recipe, *methods):
             "LAYER_BITS": recipe.layer_bits, "PER_CHANNEL": recipe.per_channel, "UNSIGNED_RELU": recipe.unsigned,
             "BIAS_BIT": recipe.bias_bit, "QUANTIZE_LOGITS": recipe.quantize_logits, "HEADROOM": recipe.headroom,
             **{method: method in methods for method in METHODS}}
-
 
 # networks of random weights
 
@@ -348,7 +305,6 @@ def random_state(seed=0):
     state["cnn1.weight"] /= 64                      # the network takes raw pixels
     return {name: value.astype(np.float32) for name, value in state.items()}
 
-
 def random_pixels(n=2, seed=1):
     """uint8 (n, 3, 224, 224), channels-last in memory as the script's own batches; coarse shapes and noise."""
     rng = np.random.default_rng(seed)
@@ -356,20 +312,16 @@ def random_pixels(n=2, seed=1):
     pixels = np.clip(coarse + rng.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-
 STATE, PIXELS, MANY = random_state(), random_pixels(), random_pixels(12, seed=4)
-
 
 def network(state):
     """The FP32 network of {name: array}."""
     return loaded({name: torch.from_numpy(value) for name, value in state.items()}).to(DEVICE).to(
         memory_format=torch.channels_last)
 
-
 def observe(model, *batches):
     """Show pictures to the observers and return the logits."""
     return script.calibrate(model, Pictures(torch.cat(batches))).logits
-
 
 def observed(state, pixels):
     """The folded network of these weights whose observers have seen the pictures."""
@@ -377,10 +329,8 @@ def observed(state, pixels):
     observe(model, pixels)
     return model
 
-
 def scales_of(model):
     return {name: model.scale(name).cpu().numpy() for name in ACTIVATIONS}
-
 
 def integers_of(model):
     modules = {layer.name: model.get_submodule(layer.name) for layer in LAYERS}

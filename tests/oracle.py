@@ -21,7 +21,6 @@ TINY = np.float32(1e-12)            # smaller ranges count as this
 Recipe = namedtuple("Recipe", "bit weight_bit per_channel unsigned bias_bit quantize_logits headroom layer_bits",
                     defaults=[{}])
 
-
 def linear(x, w):
     """Valid convolution (n, c, h, w) * (o, c, kh, kw), or the product with a matrix (o, c), without bias."""
     if w.ndim == 2:
@@ -34,17 +33,14 @@ def linear(x, w):
     y = sum(windows[:, i:i + height - kh + 1] @ kernels[i] for i in range(kh))
     return np.moveaxis(y, 3, 1)
 
-
 def pool(x):
     """2 x 2 maximum; an odd last row or column is dropped."""
     h, w = x.shape[2] // 2, x.shape[3] // 2
     return x[:, :, :2 * h, :2 * w].reshape(*x.shape[:2], h, 2, w, 2).max((3, 5))
 
-
 def per_channel(values, x):
     """Values of shape (out,) or (1,) against x, whose channels are axis 1."""
     return np.asarray(values).reshape(-1, *[1] * (x.ndim - 2))
-
 
 # The FP32 network, here in float64
 
@@ -66,12 +62,10 @@ def forward(state, pixels):
             x = pool(x)
     return activations
 
-
 def ranges(activations):
     """{activation: largest magnitude of each channel}; the input's is 255, however dark the pixels are."""
     return {name: np.abs(np.moveaxis(values, 1, 0)).reshape(values.shape[1], -1).max(1)
             for name, values in activations.items()} | {"input": np.full(3, 255.0)}
-
 
 def folded(state, layer, bn):
     """Weight and bias of a convolution with its batch norm folded into it, in float64."""
@@ -81,11 +75,9 @@ def folded(state, layer, bn):
     gain = state[f"{bn}.weight"] / np.sqrt(state[f"{bn}.running_var"].astype(np.float64) + 1e-5)
     return w * gain[:, None, None, None], (b - state[f"{bn}.running_mean"]) * gain + state[f"{bn}.bias"]
 
-
 def equalizing_factors(ranges):
     """Equalization's factor for each channel of an activation, at most 4, from the channels' ranges."""
     return np.sqrt(ranges.max() / np.maximum(ranges, ranges.max() / 16))
-
 
 def equalized(weights, activations):
     """{layer: (weight, bias)} and {activation: values}, folded, after equalization by the activations' own ranges."""
@@ -99,13 +91,11 @@ def equalized(weights, activations):
         weights[reader] = read / divisor, read_b
     return weights, activations
 
-
 # Scales and integers
 
 def divide(integer, x):
     """integer / x as torch computes it for a tensor x: one division and one product, each rounded to float32."""
     return np.float32(1) / np.asarray(x, np.float32) * np.float32(integer)
-
 
 def limits(recipe, name):
     """Smallest and largest integer of an activation. A ReLU's output is never negative, whatever this allows."""
@@ -113,11 +103,9 @@ def limits(recipe, name):
         return 0, 2**recipe.bit - 1
     return -(2**(recipe.bit - 1) - 1), 2**(recipe.bit - 1) - 1
 
-
 def largest_weight(recipe, layer):
     """Largest integer of a layer's weights."""
     return 2**(recipe.layer_bits.get(layer, recipe.weight_bit) - 1) - 1
-
 
 def scales(recipe, ranges):
     """{activation: scale} of {activation: largest magnitude}."""
@@ -125,17 +113,14 @@ def scales(recipe, ranges):
     return {name: divide(limits(recipe, name)[1], np.maximum(np.float32(ranges[name] * room.get(name, 1)), TINY))
             for name in ACTIVATIONS}
 
-
 def quantize(x, scale, low, high):
     return np.clip(np.rint(np.asarray(x, np.float32) * scale), np.float32(low), np.float32(high)).astype(np.int64)
-
 
 def notebook_weights(w, b, in_scale, bit):
     """The notebook's weight_quant: one scale per layer, biases of 2 * bit bits."""
     largest, largest_b = 2**(bit - 1) - 1, 2**(2 * bit - 1) - 1
     w_scale = divide(largest, np.abs(w).max().reshape(1))
     return quantize(w, w_scale, -largest, largest), quantize(b, w_scale * in_scale, -largest_b, largest_b), w_scale
-
 
 def mended_weights(w, b, in_scale, recipe, layer):
     """One scale per output channel or per layer; none so large that the bias would not fit in int32."""
@@ -148,14 +133,12 @@ def mended_weights(w, b, in_scale, recipe, layer):
     wq = quantize(w, w_scale.reshape(-1, *[1] * (w.ndim - 1)), -largest, largest)
     return wq, quantize(b, w_scale * in_scale, -largest_b, largest_b), w_scale
 
-
 # The INT8 pass
 
 def notebook_requantize(total, scale_in, w_scale, scale_out, low, high):
     """The notebook's: the bias is added first, then two products. May differ from the mended one at a rounding tie."""
     out = total.astype(np.float32) * scale_out / per_channel(scale_in * w_scale, total)
     return np.clip(np.rint(out), low, high).astype(np.int64)
-
 
 def int8_pass(recipe, pixels, scales, integers):
     """({activation: int64 integers}, {activation: int64 sums with bias}, float32 logits).
@@ -182,14 +165,12 @@ def int8_pass(recipe, pixels, scales, integers):
             x = pool(x)
     return activations, totals, x.astype(np.float32) / scales["fc2"]
 
-
 def largest_totals(recipe, layer, integers):
     """Bound on |sum + bias| of a layer's outputs, (out,): each input at its largest, each sign at its worst."""
     source = next(row[2] for row in LAYERS if row[0] == layer)
     wq, bq, _ = integers[layer]
     weights = np.abs(wq.astype(np.int64)).reshape(len(wq), -1).sum(1)
     return weights * limits(recipe, source)[1] + np.abs(bq.astype(np.int64))
-
 
 # GPTQ
 
@@ -198,7 +179,6 @@ def hessian_of_patches(q, kernel):
     windows = sliding_window_view(q.astype(np.float64), (kernel, kernel), axis=(2, 3))
     patches = windows[:, :, ::6, ::6].transpose(1, 4, 5, 0, 2, 3).reshape(q.shape[1] * kernel**2, -1)
     return patches @ patches.T
-
 
 def gptq(w, scale, hessian, low, high):
     """Integers of w (out, K), without factorization: round one input, solve for the best values of all that follow."""

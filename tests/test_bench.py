@@ -19,6 +19,7 @@ import torch
 from helpers import (
     DEVICE,
     METHODS,
+    MUTATIONS,
     PICTURES,
     SCRIPT,
     Place,
@@ -36,18 +37,15 @@ LEGAL, InputError = script.LEGAL, script.InputError
 PLAIN = dict(HEADROOM=1, EQUALIZE=False, GPTQ=False, BIAS_CORRECTION=False)
 NOTEBOOK = PLAIN | dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True)
 
-
 def refuses(match, function, *arguments):
     """It raises one line that matches, from its beginning."""
     with pytest.raises(InputError) as error:
         function(*arguments)
     assert re.match(match, str(error.value)) and "\n" not in str(error.value), str(error.value)
 
-
 def illegal(name):
     """The end of the line that refuses a constant's value."""
     return rf"set it to {re.escape(LEGAL[name][0])}$"
-
 
 # constants and their legal values
 
@@ -62,11 +60,10 @@ def test_each_constant_is_one_assignment_with_a_comment(usual):
         *[f"{name} = {value!r}" for name, value in values.items()],
         f"device {DEVICE}, torch {torch.__version__}"]
 
-
 @pytest.mark.parametrize("line, hint", [
-    ("SMOOTHING = None", "LEGAL has no row for it"), ("SMOOTHING = {} # why", "LEGAL has no row for it"),
-    ("GTPQ = False", "did you mean GPTQ?"), ("EQUALISE = False     # none", "did you mean EQUALIZE?"),
-    ("WEIGHT_BITS=4", "did you mean WEIGHT_BIT?"), ("BIAS_CORECTION = True", "did you mean BIAS_CORRECTION?")])
+    ("SMOOTHING = None", "LEGAL"), ("SMOOTHING = {} # why", "LEGAL"), ("GTPQ = False", "GPTQ?"),
+    ("EQUALISE = False     # none", "EQUALIZE?"), ("WEIGHT_BITS=4", "WEIGHT_BIT?"),
+    ("BIAS_CORECTION = True", "BIAS_CORRECTION?")])
 def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, hint):
     """A new one would be without effect on the command line, a misspelt one everywhere."""
     text = SCRIPT.read_text()
@@ -74,8 +71,7 @@ def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, h
     (tmp_path / SCRIPT.name).write_text(text.replace("\nBIT = 8 ", f"\n{line}\nBIT = 8 "))
     monkeypatch.setattr(script, "__file__", str(tmp_path / SCRIPT.name))
     name = re.match(r"\w+", line)[0]
-    refuses(rf"{name}: no constant of this name, {re.escape(hint)}", script.read_constants)
-
+    refuses(rf"{name}: .* {re.escape(hint)}", script.read_constants)
 
 @pytest.mark.parametrize("name, value", [
     ("BIT", 1), ("BIT", 9), ("BIT", 8.0), ("BIT", True), ("WEIGHT_BIT", 1), ("WEIGHT_BIT", 9), ("WEIGHT_BIT", "8"),
@@ -86,14 +82,14 @@ def test_a_constant_without_legal_values_is_named(monkeypatch, tmp_path, line, h
     ("IMAGE_SIZE", (224, 228)), ("IMAGE_SIZE", 224), ("IMAGE_SIZE", (224.0, 224)), ("IMAGE_SIZE", (224,)),
     ("IMAGE_SIZE", [224, 224]), ("LAYER_BITS", 4), ("LAYER_BITS", None), ("LAYER_BITS", {"fc3": 4}),
     ("LAYER_BITS", {"bn1": 4}), ("LAYER_BITS", {"fc1": 9}), ("LAYER_BITS", {"fc1": 1}), ("LAYER_BITS", {"fc1": True}),
-    ("LAYER_BITS", {"cnn1": 4, "fc1": "4"}), ("LAYER_BITS", {4: 4}), ("LAYER_BITS", [("fc1", 4)])])
+    ("LAYER_BITS", {"cnn1": 4, "fc1": "4"}), ("LAYER_BITS", {4: 4}), ("LAYER_BITS", [("fc1", 4)]), ("GPTQ", None)])
 def test_illegal_constants(monkeypatch, name, value):
     """In the file, and in a recipe that a program of one's own makes."""
     monkeypatch.setattr(script, name, value)
     refuses(rf"{name} = .*: {illegal(name)}", script.read_constants)
     if name in script.LEGAL_RECIPE:
-        refuses(rf"{name} = .*: {illegal(name)}", script.INT8_Model, as_constants(notebook()) | {name: value})
-
+        for make in (script.INT8_Model, script.CNN_Model().fused().cl_scale):
+            refuses(rf"{name} = .*: {illegal(name)}", make, as_constants(notebook()) | {name: value})
 
 @pytest.mark.parametrize("name, values", {
     "BIT": [2, 8], "WEIGHT_BIT": [2, 8], "BIAS_BIT": [2, 32], "BATCH_SIZE": [1, 4096], "NUM_WORKERS": [1, 256],
@@ -103,7 +99,6 @@ def test_legal_constants(monkeypatch, name, values):
     for value in values:
         monkeypatch.setattr(script, name, value)
         assert script.read_constants()[name] == value
-
 
 @pytest.mark.parametrize("name", LEGAL)
 def test_missing_constants(monkeypatch, name):
@@ -115,7 +110,6 @@ def test_missing_constants(monkeypatch, name):
                 {key: value for key, value in recipe.items() if key != name})
     refuses("GTPQ: no constant of this name, did you mean GPTQ", script.INT8_Model, recipe | {"GTPQ": True})
 
-
 def test_presets():
     """Their values are legal, and the notebook's recipe is the oracle's."""
     assert {"plain": PLAIN, "notebook": NOTEBOOK} == script.PRESETS
@@ -124,7 +118,6 @@ def test_presets():
     recipe = script.read_constants(script.LEGAL_RECIPE)
     assert recipe | script.PRESETS["notebook"] == as_constants(notebook())
     assert recipe | script.PRESETS["plain"] == recipe | dict.fromkeys(METHODS, False) | {"HEADROOM": 1}
-
 
 # the command line
 
@@ -140,7 +133,6 @@ def given(monkeypatch):
         return {name: getattr(script, name) for name in LEGAL if getattr(script, name) != before[name]}
     return give
 
-
 @pytest.mark.parametrize("words, changes", [
     ([], {}), (["plain"], PLAIN), (["notebook"], NOTEBOOK), (["plain", "notebook"], NOTEBOOK),
     (["notebook", "plain"], NOTEBOOK), (["plain", "GPTQ=True", "BIT=5"],
@@ -154,19 +146,15 @@ def test_words_set_constants(given, words, changes):
     """Presets, then NAME=value as Python literals; a word without quotes is a string."""
     assert given(*words) == changes
 
-
 @pytest.mark.parametrize("words, line", [
-    (["GPTQ=True", "plain"], "plain: a preset comes before the constants that change it$"),
-    (["plain", "BIT=4", "notebook"], "notebook: a preset comes before the constants"),
-    (["GTPQ=False"], r"GTPQ: no constant of this name, did you mean GPTQ\?$"),
-    (["plain", "gptq=False"], r"gptq: .*did you mean GPTQ\?$"), (["--weight-bit=4"], r".*did you mean WEIGHT_BIT\?$"),
-    (["LAYERBITS={}"], r".*did you mean LAYER_BITS\?$"), (["notebok"], r"notebok: .*did you mean notebook\?$"),
-    (["PLAIN=True"], r".*did you mean plain\?$"), (["equalize"], r".*did you mean EQUALIZE\?$"),
-    (["GPTQ"], "GPTQ: give it a value, GPTQ=True for example$"), (["xyz=3"], "xyz: no constant of this name, .*--help"),
-    (["=3"], ".*--help"), ([""], ".*--help"), (["a\nb\x1b[2J"], ".*--help")], ids=str)
+    (["GPTQ=True", "plain"], "plain: .*before"), (["plain", "BIT=4", "notebook"], "notebook: .*before"),
+    (["GTPQ=False"], r"GTPQ: .* GPTQ\?$"), (["plain", "gptq=False"], r"gptq: .* GPTQ\?$"),
+    (["--weight-bit=4"], r".* WEIGHT_BIT\?$"), (["LAYERBITS={}"], r".* LAYER_BITS\?$"),
+    (["notebok"], r"notebok: .* notebook\?$"), (["PLAIN=True"], r".* plain\?$"), (["equalize"], r".* EQUALIZE\?$"),
+    (["GPTQ"], "GPTQ: .*GPTQ=True"), (["xyz=3"], "xyz: .*--help"), (["=3"], ".*--help"), ([""], ".*--help"),
+    (["a\nb\x1b[2J"], ".*--help")], ids=str)
 def test_words_that_are_refused(given, words, line):
     refuses(line, given, *words)
-
 
 @pytest.mark.parametrize("word", [
     "WEIGHT_BIT=9", "WEIGHT_BIT=", "GPTQ=yes", "GPTQ=1", "BATCH_SIZE=many", "IMAGE_SIZE=224", "HEADROOM=nan",
@@ -180,7 +168,6 @@ def test_illegal_values_on_the_command_line(given, word):
     name = word.partition("=")[0]
     refuses(rf"{name} = .*: {illegal(name)}", run)
 
-
 def test_a_refused_word_and_a_misspelt_constant_end_the_run(place):
     place.refuse("GTPQ", "did you mean GPTQ?", arguments=["GTPQ=False"])
     place.refuse("WEIGHT_BIT = 9", "2 to 8", arguments=["WEIGHT_BIT=9"])
@@ -189,7 +176,6 @@ def test_a_refused_word_and_a_misspelt_constant_end_the_run(place):
     status, _, err = run_here(path)
     one_line(status, err, "GTPQ", "did you mean GPTQ?")
     assert place.files() == {}
-
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["plain", "--help", "no=1"]], ids=str)
 def test_help(place, words):
@@ -204,15 +190,12 @@ def test_help(place, words):
         assert f"preset {name}: " + " ".join(f"{key}={value!r}" for key, value in changes.items()) in flat
     assert max(map(len, out.splitlines())) <= 100
 
-
 def test_the_command_line_gives_what_the_edited_file_gives(place, tmp_path_factory):
     """The same report but for times, and the same checkpoint to the last byte."""
-    constants = PLAIN | dict(GPTQ=True, WEIGHT_BIT=5, LAYER_BITS={"fc1": 4, "cnn2": 7}, IMAGE_SIZE=(220, 227),
-                             BATCH_SIZE=4)
-    words = ["plain", "GPTQ=True", "WEIGHT_BIT=5", 'LAYER_BITS={"fc1": 4, "cnn2": 7}', "IMAGE_SIZE=(220, 227)",
-             "BATCH_SIZE=4"]
+    constants = dict(GPTQ=True, WEIGHT_BIT=5, LAYER_BITS={"fc1": 4, "cnn2": 7}, IMAGE_SIZE=(220, 227), BATCH_SIZE=4)
+    words = [f"{name}={value}" for name, value in constants.items()]
     edited = Place(tmp_path_factory.mktemp("edited"))
-    reports = [place.report(*words)[0], edited.report(**constants)[0]]
+    reports = [place.report("plain", *words)[0], edited.report(**PLAIN | constants)[0]]
     assert reports[0]["constants"] == reports[1]["constants"] and reports[0]["recipe"]["LAYER_BITS"]["fc1"] == 4
     assert figures_of(reports[0]) == figures_of(reports[1])
     files = [folder.files()["INT8_checkpoint.pth.tar"] for folder in (place, edited)]
@@ -220,18 +203,15 @@ def test_the_command_line_gives_what_the_edited_file_gives(place, tmp_path_facto
     rows = [rows_of(folder.results / "runs.csv")[0] for folder in (place, edited)]
     assert all(rows[0][name] == rows[1][name] for name in LEGAL)
 
-
 # the table of runs
 
 FIGURES = ["when", "evaluation_crc", "calibration_crc", "checkpoint_crc", "fp32_top1", "top1", "same_class", "sqnr_db",
            "p", "fp32_ms", "ms", "bytes"]
 
-
 def rows_of(path):
     """The rows as a spreadsheet or pandas reads them: by the names in the first line."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
 
 def crc_of(folder, names):
     """What identifies pictures: labels and bytes in order, not names."""
@@ -239,7 +219,6 @@ def crc_of(folder, names):
     for name in names:
         crc = zlib.crc32((folder / name).read_bytes(), zlib.crc32(bytes(["dog" in name]), crc))
     return crc
-
 
 def test_a_run_adds_a_row(usual):
     place, report, out = usual
@@ -261,14 +240,12 @@ The last runs on these evaluation pictures and weights, FP32 Top-1 {row['fp32_to
 (> this run, * best SQNR, same class in %; runs.csv has all runs and constants)
 {printed([row])}""")
 
-
 def printed(rows, function=script.print_runs, heading=3):
     """What a function prints of these, without the lines of its heading."""
     out = io.TextIOWrapper(Printed(), "utf-8", write_through=True)
     with contextlib.redirect_stdout(out):
         function(rows)
     return "".join(out.buffer.getvalue().decode().splitlines(keepends=True)[heading:])
-
 
 def columns_of(rows):
     """{heading: cells} of the printed table, which is at most 80 columns wide."""
@@ -279,16 +256,13 @@ def columns_of(rows):
         printed(rows)
     return {heading: [cell.strip() for cell in cells] for heading, cells in found.items()}
 
-
 @pytest.fixture
 def row(usual):
     """The row of a run, to plant others like it."""
     return script.run_row(usual[1]) | {"sqnr_db": "30.00", "same_class": "99.000", "top1": "93.500", "p": "0.25",
                                        "ms": "0.456", "bytes": "424650"}
 
-
 ALWAYS = ["run", "SQNR dB", "same class", "Top-1 %", "p", "ms", "bytes"]
-
 
 def test_columns_are_of_constants_that_differ(row):
     assert columns_of([row]) == {"run": [">1"], "SQNR dB": ["30.0*"], "same class": ["99.0"], "Top-1 %": ["93.5"],
@@ -305,14 +279,12 @@ def test_columns_are_of_constants_that_differ(row):
     exact = columns_of([row, row | {"sqnr_db": "inf"}, dict(row)])
     assert exact["SQNR dB"] == ["30.0", "inf*", "30.0"] and exact["run"] == ["1", "2", ">3"] and len(exact) == 7
 
-
 def test_figures_in_the_table_are_the_summarys(usual):
     """Rounded once: 39.7466 dB is 39.7, though 39.75 would be 39.8."""
     report = json.loads(json.dumps(usual[1])) | {"logit_sqnr_db": 39.7466, "agreement": 0.98749}
     report["int8"] |= {"top1": 93.7496, "ms_per_image": 0.44466}
     found = columns_of([script.run_row(report)])
     assert [found[name] for name in ALWAYS[1:4]] == [["39.7*"], ["98.7"], ["93.7"]] and found["ms"] == ["0.44"]
-
 
 def test_a_name_with_a_line_break_stays_in_its_row(usual, tmp_path):
     row = script.run_row(usual[1] | {"constants": usual[1]["constants"] | {"DATA_DIR": 'a,\n"b"\x1b[2J\r'}})
@@ -321,13 +293,11 @@ def test_a_name_with_a_line_break_stays_in_its_row(usual, tmp_path):
         assert rows == rows_of(tmp_path / "runs.csv") == [row] * count
     assert all(cell.isprintable() for cell in row.values()) and row["DATA_DIR"] == r'a,\n"b"\x1b[2J\r'
 
-
 def test_calibration_pictures_have_a_column_where_no_name_tells_them(row):
     other = {"calibration_crc": "7"}
     assert list(columns_of([row, row | other])) == ["run", "calibration_crc", *ALWAYS[1:]]
     for name in ("DATA_DIR", "CALIBRATION_SPLIT"):
         assert list(columns_of([row, row | other | {name: "others"}])) == ["run", name, *ALWAYS[1:]]
-
 
 @pytest.mark.parametrize("name", ["evaluation_crc", "checkpoint_crc"])
 def test_runs_on_other_pictures_or_weights_are_not_in_the_table(row, name):
@@ -335,7 +305,6 @@ def test_runs_on_other_pictures_or_weights_are_not_in_the_table(row, name):
     found = columns_of(rows)
     assert found["run"] == ["1", ">2"] and found["SQNR dB"] == ["30.0*", "30.0*"]
     assert found["GPTQ"] == ["True", "False"] and "WEIGHT_BIT" not in found
-
 
 def test_table_of_many_and_wide_runs(row):
     """The last twelve; long names are cut at the front; figures may be absurd."""
@@ -349,12 +318,10 @@ def test_table_of_many_and_wide_runs(row):
     for name, cell in (("bytes", "1e300"), ("sqnr_db", "9" * 90)):
         assert printed([row | {name: cell}, row]).count("424,650") == (1 if name == "bytes" else 2)
 
-
 COLUMNS = {"run": ["1", ">2"], "LAYER_BITS": ["{}", "{'fc1': 4}"], "SQNR dB": ["30.0 ", "31.5*"],
            "Top-1 %": [100, 9.5]}
 WIDE = ["        LAYER_  SQNR Top-1", "run       BITS    dB     %", "  1         {} 30.0    100",
         " >2 {'fc1': 4} 31.5*   9.5"]
-
 
 @pytest.mark.parametrize("width, edges", [(80, [3, 26]), (26, [3, 26]), (25, [3, 20, 26]), (20, [3, 20, 26]),
                                           (19, [3, 14, 26]), (15, [3, 14, 26]), (14, [3, 14, 20, 26])])
@@ -363,7 +330,6 @@ def test_columns_are_printed_in_blocks_that_fit(width, edges):
     found = printed(COLUMNS, lambda columns: script.print_columns(columns, width), heading=0)
     blocks = [line[:3] + line[a:b] for a, b in zip(edges, edges[1:]) for line in WIDE]
     assert found.splitlines() == blocks
-
 
 def test_pictures_are_told_by_their_content(tmp_path):
     """Folder and names do not count; bytes and labels do, and unusable files do not."""
@@ -391,7 +357,6 @@ def test_pictures_are_told_by_their_content(tmp_path):
     (copied("fewer") / "cat.1.jpg").unlink()
     assert len({expected, *map(checksum, ("changed", "other", "label", "fewer"))}) == 5
 
-
 def test_the_same_pictures_in_another_folder_are_the_same(rerun, state):
     """A second run adds a second row; the first stays as it is, and both are in the table. A third one, on a checkpoint
     of other content and on other pictures under the same names, is not compared with them."""
@@ -415,12 +380,10 @@ def test_the_same_pictures_in_another_folder_are_the_same(rerun, state):
     assert [rows[1][name] == rows[2][name] for name in FIGURES[1:4]] == [False, True, False]
     assert columns_of(rows)["run"] == [">1"]
 
-
 def add(path, row, capsys):
     """(rows, what is printed) of adding a row."""
     capsys.readouterr()
     return script.add_run(path, row), capsys.readouterr().out
-
 
 @pytest.fixture
 def table(tmp_path, row, capsys):
@@ -431,7 +394,6 @@ def table(tmp_path, row, capsys):
         assert len(rows) == i and out == ""
     assert rows_of(path) == rows and len(path.read_bytes().splitlines()) == 4
     return path
-
 
 @pytest.mark.parametrize("broken", [
     lambda line: b"", lambda line: b"?", lambda line: line[:len(line) // 2], lambda line: line + b",1",
@@ -448,29 +410,20 @@ def test_a_broken_row_is_left_out_and_said(table, row, capsys, broken):
     assert out == ("" if lines[2] == b"\n" else f"{table}: 1 rows cannot be read and are left out\n")
     assert table.read_bytes().startswith(b"".join(lines)) and columns_of(rows)["run"] == ["1", "2", ">3"]
 
-
-@pytest.mark.parametrize("cut", [1, 30, 100])
-def test_a_truncated_last_line_does_not_swallow_the_next_row(table, row, capsys, cut):
-    """As a full disk or a stopped run leaves it."""
-    content = table.read_bytes()[:-cut]
+@pytest.mark.parametrize("change, read", [
+    (lambda content: content[:-1], "123"), (lambda content: content[:-30], "12"),
+    (lambda content: content[:-100], "12"), (lambda content: content.replace(b"\n", b"\r\n"), "123")], ids=range(4))
+def test_lines_that_end_otherwise(table, row, capsys, change, read):
+    """As an editor, a full disk, a stopped run or a spreadsheet leaves them: the next row is not lost."""
+    content, new = change(table.read_bytes()), row | {"ms": "4"}
     table.write_bytes(content)
-    new = row | {"ms": "4"}
     rows, out = add(table, new, capsys)
     assert rows[-1] == rows_of(table)[-1] == new and table.read_bytes().startswith(content)
-    assert [each["ms"] for each in rows] == (["1", "2", "3", "4"] if cut == 1 else ["1", "2", "4"])
-    assert ("1 rows cannot be read" in out) == (cut > 1)
-
-
-def test_lines_that_a_spreadsheet_ended_its_own_way(table, row, capsys):
-    table.write_bytes(table.read_bytes().replace(b"\n", b"\r\n"))
-    rows, out = add(table, row | {"ms": "4"}, capsys)
-    assert [each["ms"] for each in rows] == ["1", "2", "3", "4"] and out == ""
-
+    assert [each["ms"] for each in rows] == [*read, "4"] and ("1 rows cannot be read" in out) == (read == "12")
 
 def aside(path):
     """What tables of other columns were renamed to."""
     return [file for file in path.parent.iterdir() if re.fullmatch(r"runs-\d{8}-\d{6}-\d+\.csv", file.name)]
-
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\0\xff", b"\n", b"when\n"])
 def test_a_table_of_other_columns_is_renamed(tmp_path, row, capsys, content):
@@ -481,7 +434,6 @@ def test_a_table_of_other_columns_is_renamed(tmp_path, row, capsys, content):
     renamed, = aside(path)
     assert out == f"{path} has other columns than this run; kept: {renamed.name}\n"
     assert renamed.read_bytes() == content and rows == [row] == rows_of(path)
-
 
 def add_slowly(path, rows, together):
     """In a process of its own: what lies between reading the table and writing to it takes its time."""
@@ -494,7 +446,6 @@ def add_slowly(path, rows, together):
     together.wait()
     for row in rows:
         script.add_run(path, row)
-
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("others", [1, 0])
@@ -515,12 +466,11 @@ def test_runs_at_the_same_time_lose_no_row(tmp_path, row, capsys, others):
     assert sorted(found, key=lambda each: int(each["ms"])) == [*rows, row | {"ms": "99"}] and out == ""
     assert (path.read_text().count("when,") == 1 or not others) and aside(path) == []
 
-
 def test_mutated_tables(table, row, capsys, tmp_path):
     """Nothing but rows comes out, the table stays or is renamed byte by byte, and what is printed is printable."""
     content, rng, kept = table.read_bytes(), random.Random(20), 0
-    for i in range(300):
-        path, damaged = tmp_path / str(i) / "runs.csv", mutated(content, rng)
+    for i, kind in enumerate([*range(MUTATIONS)] * 10):
+        path, damaged = tmp_path / str(i) / "runs.csv", mutated(content, rng, kind)
         path.parent.mkdir()
         path.write_bytes(damaged)
         rows, out = add(path, row, capsys)
@@ -531,8 +481,7 @@ def test_mutated_tables(table, row, capsys, tmp_path):
         found = printed(rows).splitlines()
         assert all(line.isprintable() for line in [*out.splitlines(), *found]) and max(map(len, found)) <= 80, i
         kept += stays
-    assert 100 < kept < 300
-
+    assert 20 < kept < 80
 
 def test_a_table_that_cannot_be_written_ends_the_run_in_one_line(place):
     """The report and the network are there then."""
@@ -541,7 +490,6 @@ def test_a_table_that_cannot_be_written_ends_the_run_in_one_line(place):
     one_line(status, err, "cannot write", "results/runs.csv", "directory", "set OUTPUT_DIR")
     assert "\nwrote results/INT8_checkpoint.pth.tar and report.json\n" in out and "The last runs" not in out
     assert set(place.files()) == {"report.json", "INT8_checkpoint.pth.tar", "runs.csv"}
-
 
 # lines of the summary
 

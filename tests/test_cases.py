@@ -4,8 +4,6 @@ import collections
 import io
 import os
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 
@@ -15,12 +13,11 @@ import quantize_catdog as script
 import torch
 from PIL import Image
 
-from helpers import ONE_THREAD, PICTURES, ROOT, SIZE, Place, loaded, refused
+from helpers import PICTURES, SIZE, Place, loaded, python, refused
 from helpers import png_chunk as chunk
 
 y, x = np.mgrid[0:64, 0:96]
 DRAWN = np.stack([x * 255 // 95, y * 255 // 63, (x + y) * 255 // 158], -1).astype(np.uint8)
-
 
 # pictures whose pixels are fine, but what lies beside them is not
 
@@ -30,7 +27,6 @@ def png(*chunks):
     head = struct.pack(">LLBBBBB", 96, 64, 8, 2, 0, 0, 0)
     return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head), *chunks, chunk(b"IDAT", zlib.compress(rows)),
                      chunk(b"IEND", b"")])
-
 
 def exif(orientation, *entries):
     """An EXIF block; entries: (tag, type, count, bytes), each after the orientation."""
@@ -42,12 +38,10 @@ def exif(orientation, *entries):
         data += raw if len(raw) > 4 else b""
     return b"II*\0\x08\0\0\0" + head + bytes(4) + data
 
-
 def webp(block):
     file = io.BytesIO()
     Image.fromarray(DRAWN).save(file, "webp", lossless=True, exif=block)
     return file.getvalue()
-
 
 RESOLUTION_AS_TEXT = 0x11a, 2, 8, b"300 dpi\0"
 BESIDE = {
@@ -64,7 +58,6 @@ BESIDE = {
     "an international text of 2 MB": (png(chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(b"x" * 2**21))), 1),
 }
 
-
 @pytest.mark.parametrize("kind", BESIDE)
 def test_what_lies_beside_the_pixels_does_not_cost_the_picture(tmp_path, monkeypatch, kind):
     content, orientation = BESIDE[kind]
@@ -78,25 +71,26 @@ def test_what_lies_beside_the_pixels_does_not_cost_the_picture(tmp_path, monkeyp
     assert np.array_equal(script.decode(tmp_path / "cat", SIZE), expected)
     assert np.array_equal(script.decode(content, SIZE), expected)
 
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation(orientation):
     turned = {1: DRAWN, 2: DRAWN[:, ::-1], 3: DRAWN[::-1, ::-1], 4: DRAWN[::-1], 5: DRAWN.transpose(1, 0, 2),
               6: np.rot90(DRAWN, -1), 7: np.rot90(DRAWN, 2).transpose(1, 0, 2), 8: np.rot90(DRAWN)}[orientation]
     expected = np.asarray(Image.fromarray(np.ascontiguousarray(turned)).resize(SIZE))
-    assert np.array_equal(script.decode(png(chunk(b"eXIf", exif(orientation))), SIZE), expected)
-
+    content = png(chunk(b"eXIf", exif(orientation)))
+    assert np.array_equal(script.decode(content, SIZE), expected)
+    with Image.open(io.BytesIO(content)) as image:
+        assert np.array_equal(script.decode(image, SIZE), expected)
+        assert np.array_equal(np.asarray(image), DRAWN)     # the caller's picture is not turned
 
 def test_a_folder_one_level_too_high_is_named(place):
     (place.folder / "a" / "pets" / "val").mkdir(parents=True)
     place.refuse("no usable picture", "set DATA_DIR to ", "a/pets?", DATA_DIR="a", EVALUATION_SPLIT="val")
 
-
 MEMORY = """
 import os, re, sys
 os.environ["PILLOW_BLOCK_SIZE"] = "64m"
 import quantize_catdog as script
-script.NUM_WORKERS, script.MOST_PIXELS = 16, 2**24
+script.NUM_WORKERS, script.MOST_PIXELS = 8, 2**24
 script.PERMITS = script.threading.Semaphore(4)
 pictures = script.CatDogDataset(sys.argv[1])
 
@@ -106,27 +100,23 @@ def most():        # KB so far; ru_maxrss would begin with that of the process t
 
 
 before = most()
-assert len(pictures.__getitems__(range(16))) == 16
+assert len(pictures.__getitems__(range(8))) == 8
 print((most() - before) // 1024)
 """
 
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux alone tells the most memory so")
 def test_pixels_decoded_at_one_time_are_bounded(tmp_path):
-    """16 pictures of 16 million pixels with transparency in 16 threads: one takes 200 to 330 MB, all take 4 GB."""
+    """8 pictures of 16 million pixels with transparency in 8 threads: one takes 200 to 330 MB, all take 2 GB."""
     Image.new("RGBA", (4000, 4000), (120, 100, 90, 200)).save(tmp_path / "cat.0.png", compress_level=1)
-    for i in range(1, 16):
+    for i in range(1, 8):
         os.link(tmp_path / "cat.0.png", tmp_path / f"cat.{i}.png")
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True,
-                          env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)})
-    assert done.stderr == "" and 100 < int(done.stdout) < 700
-
+    _, out, err = python("-c", MEMORY, tmp_path)
+    assert err == "" and 100 < int(out) < 700
 
 # checkpoints
 
 def with_prefix(prefix, state):
     return {f"{prefix}{name}": value for name, value in state.items()}
-
 
 SAVED = {
     "a bare state_dict": lambda state: state,
@@ -138,20 +128,24 @@ SAVED = {
     "torch.compile": lambda state: {"model": with_prefix("_orig_mod.", state)},
     "Lightning": lambda state: {"state_dict": with_prefix("model.", state), "epoch": 1},
     "both": lambda state: with_prefix("module._orig_mod.", state),
-    "half precision": lambda state: {"model": {name: value.half().float() if value.is_floating_point() else value
+    "half precision": lambda state: {"model": {name: value.half() if value.is_floating_point() else value
                                                for name, value in state.items()}},
+    "no counts of batches, as of torch before 0.4.1": lambda state: {
+        name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
 }
-
 
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("kind", SAVED)
 def test_weights_as_people_save_them(tmp_path, state, kind, protocol):
+    """From a path or from memory, and ready to answer."""
     torch.save(SAVED[kind](state), tmp_path / "c.pth", pickle_protocol=protocol)
-    found = script.load_checkpoint(tmp_path / "c.pth").state_dict()
-    for name, value in state.items():
-        if value.is_floating_point():
-            assert torch.equal(found[name], value if kind != "half precision" else value.half().float()), name
-
+    for file in (tmp_path / "c.pth", io.BytesIO((tmp_path / "c.pth").read_bytes())):
+        model = script.load_checkpoint(file)
+        assert not any(module.training for module in model.modules())
+        found = model.state_dict()
+        for name, value in state.items():
+            if value.is_floating_point() and not name.startswith("range_"):
+                assert torch.equal(found[name], value if kind != "half precision" else value.half().float()), name
 
 def test_what_the_safe_loader_refuses_is_named_with_the_way_out(tmp_path, state):
     """None of these is damaged."""
@@ -166,7 +160,6 @@ def test_what_the_safe_loader_refuses_is_named_with_the_way_out(tmp_path, state)
     torch.save({"model": {"conv1.weight": state["cnn1.weight"], "conv1.bias": state["cnn1.bias"]}}, path)
     refused(path, "cnn1.weight is missing; it holds conv1.weight, conv1.bias")
 
-
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
 def test_a_pickled_network_is_folded_with_its_own_eps(tmp_path, state, eps):
     model = loaded(state)
@@ -178,7 +171,6 @@ def test_a_pickled_network_is_folded_with_its_own_eps(tmp_path, state, eps):
         assert torch.equal(found(pixels), model(pixels))
         assert torch.allclose(found.fused()(pixels), model(pixels), atol=1e-4)
         assert torch.equal(found(pixels), loaded(state)(pixels)) == (eps == 1e-5)
-
 
 # states of torch
 
@@ -194,12 +186,10 @@ def answers(place):
     return (content, script.evaluate("FP32", folded, val).logits.tolist(),
             script.evaluate("INT8", int8, val).logits.tolist(), predicted, [row["different"] for row in rows])
 
-
 @pytest.fixture(scope="module")
 def usual_answers(tmp_path_factory):
     place = Place(tmp_path_factory.mktemp("states"))
     return place, answers(place)
-
 
 @pytest.mark.parametrize("kind", ["autocast", "float64", "bfloat16", "inference mode", "deterministic", "threads"])
 def test_same_bits_in_every_state_of_torch(usual_answers, kind):
@@ -217,8 +207,13 @@ def test_same_bits_in_every_state_of_torch(usual_answers, kind):
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
 
-
 # a program of one's own
+
+def test_a_network_that_is_loaded_in_inference_mode_is_used_outside(usual_answers):
+    place, expected = usual_answers
+    with torch.inference_mode():
+        model = script.INT8_Model.load(io.BytesIO(expected[0]))
+    assert model.predict(place.val / "cat.0.jpg") == expected[3][0]
 
 def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, monkeypatch):
     """For that input alone; it is asked for or not."""
@@ -237,17 +232,15 @@ def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, m
     with pytest.raises(RuntimeError, match="primitive"):
         model.predict(files)
 
-
 def test_limit_of_pixels_holds_wherever_decode_is_called(tmp_path):
     """Below Pillow's own limit, which is an importing program's."""
     Image.new("1", (8200, 8200)).save(tmp_path / "cat.png")
-    with pytest.raises(script.InputError, match="^has 67,240,000 pixels, more than 67,108,864$"):
+    with pytest.raises(script.InputError, match="67,240,000 .* 67,108,864"):
         script.decode(tmp_path / "cat.png", SIZE)
 
-
-@pytest.mark.parametrize("name", ["cpu", "auto", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda"])       # "auto": every other run
 def test_device(place, name):
     if name == "cuda" and not torch.cuda.is_available():
-        place.refuse('DEVICE = "cuda": torch finds no GPU here; set it to "auto"', DEVICE=name)
+        place.refuse("DEVICE", "cuda", "auto", DEVICE=name)
     else:
-        assert place.report(DEVICE=name)[0]["device"] == ("cpu" if name == "cpu" else str(script.device()))
+        assert place.report(DEVICE=name)[0]["device"] == name

@@ -51,14 +51,12 @@ model.eval()"""]
 OUTPUT = "3\nof 3 are there\n\nFP32 Top1: 0.000, 0/3\n\nFP32 Top1: 20.000, 1/3\n\nCNN_Model(\n  (fc2): Linear()\n"
 PROSE = "## The next step\n\nHere comes what it does, in words.\n<br />\n"
 
-
 @pytest.fixture
 def notebook(tmp_path):
     """The notebook as Markdown: prompts before the code, no mark between the code and what follows it."""
     parts = "".join(f"{PROSE}\nIn [{i}]:\n{cell}\n\n{OUTPUT}\n" for i, cell in enumerate(CELLS, 7))
     (tmp_path / "notebook.md").write_text(f"# A title\n\n{parts}", encoding="utf-8")
     return tmp_path / "notebook.md"
-
 
 @pytest.fixture
 def ported_notebook():
@@ -67,7 +65,6 @@ def ported_notebook():
     if not file.is_file():
         pytest.skip(f"no {file}: CATDOG_NOTEBOOK says where the notebook is")
     return file
-
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
@@ -80,10 +77,8 @@ def project(tmp_path, monkeypatch):
         monkeypatch.setattr(tool, "ROOT", folder)
     return folder
 
-
 def code(*cells):
     return "\n\n".join(cells)
-
 
 def test_code_is_cut_out_of_each_kind_of_file(notebook, tmp_path):
     cells = [{"cell_type": "markdown", "source": [PROSE]},
@@ -98,13 +93,11 @@ def test_code_is_cut_out_of_each_kind_of_file(notebook, tmp_path):
     cut = compare_notebook.code_of(notebook).replace("## The next step\n", "")
     assert re.sub("\n\n+", "\n\n", cut).strip() == code(*CELLS)
 
-
 def test_what_the_code_is_taken_for():
     changed = compare_notebook.with_state_dict(code(*CELLS))
     assert changed == code(*CELLS).replace("best_model.state_dict()", "best_model")
     assert compare_notebook.network_of(changed) == code(*CELLS[:2])
     assert compare_notebook.imports_of(changed) == "import time\nimport torch"
-
 
 @pytest.mark.parametrize("name, text, line", [
     ("n.ipynb", "{", "is no Jupyter notebook"), ("n.ipynb", '{"a": 1}', "is no Jupyter notebook"),
@@ -118,11 +111,9 @@ def test_file_without_the_notebooks_code(tmp_path, monkeypatch, name, text, line
         compare_notebook.main()
     assert str(ended.value).startswith(f"{tmp_path / name} ") and line in str(ended.value)
 
-
 def test_network_of_other_code():
     with pytest.raises(ValueError, match="no class CNN_Model"):
         compare_notebook.network_of(CELLS[0])
-
 
 # A script of known times: 0.1 s of imports, a run of 0.5 s more; decoding 0.1 s, FP32 pass 0.2 s, INT8 pass 0.15 s
 SCRIPT = """\
@@ -194,14 +185,12 @@ with open("LOG", "a") as log:
     log.write("notebook\\n")
 """
 
-
 def run_tool(monkeypatch, capsys, *arguments):
     """What compare_notebook.py prints, and {row: median seconds}."""
     monkeypatch.setattr(sys, "argv", ["compare_notebook.py", *map(str, arguments)])
     compare_notebook.main()
     out = capsys.readouterr().out
     return out, {name: float(value) for name, value in re.findall(r"^(\w.*?) +([\d.]+) s, from", out, re.MULTILINE)}
-
 
 def test_times_are_those_of_a_script_with_known_ones(project, tmp_path, monkeypatch, capsys):
     log = tmp_path / "log"
@@ -231,13 +220,11 @@ def test_times_are_those_of_a_script_with_known_ones(project, tmp_path, monkeypa
     assert "before            FP32 Top1 93.000, INT8 Top1 94.000" in out
     assert "notebook          FP32 Top1 40.000\n" in out            # the last of those that it counts up to
 
-
 def test_program_that_fails_is_named(project, tmp_path, monkeypatch):
     (project / "quantize_catdog.py").write_text("raise ValueError('no such thing')")
     monkeypatch.setattr(sys, "argv", ["compare_notebook.py", "--pictures", str(tmp_path)])
     with pytest.raises(SystemExit, match="script: .* ended with 1: ValueError: no such thing"):
         compare_notebook.main()
-
 
 def pictures_of(folder):
     """Seven pictures in a folder, one of them a dog called cat, so that not all answers are right."""
@@ -247,11 +234,9 @@ def pictures_of(folder):
     shutil.copy(ROOT / "cat_dog" / "val" / "dog.3.jpg", folder / "cat.3.jpg")
     return folder
 
-
 def fp32_top1(folder):
     model = script.load_checkpoint(ROOT / "BEST_checkpoint.pth.tar").fused()
     return f"{script.evaluate('FP32', model, script.CatDogDataset(folder)).top1:.3f}"
-
 
 def test_script_is_measured_without_a_notebook(tmp_path, monkeypatch, capsys):
     folder = pictures_of(tmp_path / "pictures")
@@ -262,7 +247,6 @@ def test_script_is_measured_without_a_notebook(tmp_path, monkeypatch, capsys):
     assert seconds["script"] > seconds["script, imports"] > seconds["decoding"] > 0
     assert f"script            FP32 Top1 {fp32_top1(folder)}, INT8 Top1 " in out
 
-
 def test_ported_notebook_runs_on_our_checkpoint(ported_notebook, tmp_path):
     program = compare_notebook.with_state_dict(compare_notebook.code_of(ported_notebook))
     folder = tmp_path / "notebook"
@@ -270,7 +254,6 @@ def test_ported_notebook_runs_on_our_checkpoint(ported_notebook, tmp_path):
     compare_notebook.furnish(folder, pictures, "notebook.py", program)
     _, printed = compare_notebook.run_python(["notebook.py"], folder)
     assert re.findall(r"FP32 Top1: ([\d.]+)", printed)[-1] == fp32_top1(pictures)
-
 
 def test_notebooks_engines_answer_and_time_themselves_in_their_process(project, notebook, tmp_path):
     pixels = torch.randint(0, 256, (10, 3, 4, 4), dtype=torch.uint8)
@@ -289,7 +272,6 @@ def test_notebooks_engines_answer_and_time_themselves_in_their_process(project, 
         assert 20 < np.median(times[engine.name, 1]) < 100 and 4 < np.median(times[engine.name, 5]) < 20
     fp32.process.shutdown()
 
-
 def test_notebooks_engines_are_the_scripts_own_with_its_recipe(ported_notebook, tmp_path):
     """Two programs, one arithmetic: the notebook's class, and the script with the notebook's recipe."""
     pictures = script.CatDogDataset(pictures_of(tmp_path / "pictures"))
@@ -305,7 +287,6 @@ def test_notebooks_engines_are_the_scripts_own_with_its_recipe(ported_notebook, 
         assert (int8.logits(pixels, 5) - own(pixels)).abs().max() < 1.5 / own.scale_fc2
     fp32.process.shutdown()
 
-
 def test_pictures_and_labels_of_a_folder(tmp_path):
     pixels, labels = compare_engines.pixels_and_labels(pictures_of(tmp_path / "pictures"))
     assert pixels.shape == (7, 3, 224, 224) and labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
@@ -316,7 +297,6 @@ def test_pictures_and_labels_of_a_folder(tmp_path):
     (tmp_path / "broken" / "cat.0.jpg").write_bytes(b"no picture")
     with pytest.raises(script.InputError, match="no usable picture"):
         compare_engines.pixels_and_labels(tmp_path / "broken")
-
 
 def test_table_of_engines(capsys):
     """Two pictures, one of them of another class: an SQNR and an agreement that are known."""
@@ -331,11 +311,9 @@ def test_table_of_engines(capsys):
     assert lines[2] == "| other | 3.00 (1.50-9.00) | 3.00 | 50.0 % | 50.0 % | 1.9 dB | 1,235 |"     # 25 / 16.25
     assert lines[4].startswith("| this script INT8 | 1.00 (0.50-9.00) | 1.00 | 100.0 % | 100.0 % | - |")
 
-
 def test_multiply_adds():
     expected = 16 * 75 * 220**2 + 32 * 400 * 106**2 + 16 * 288 * 51**2 + 8 * 144 * 23**2 + 968 * 512 + 512 * 2
     assert compare_engines.multiply_adds(script.CNN_Model().eval()) == expected
-
 
 def test_engines_take_turns():
     """Each round runs every engine at every batch size, on batches of that size alone."""

@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import json
 import re
-import subprocess
 import sys
 import textwrap
 
@@ -13,7 +12,7 @@ import pytest
 import quantize_catdog as script
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, python
 
 onnx = pytest.importorskip("onnx", reason="tools/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tools/requirements.txt is not installed")
@@ -32,11 +31,9 @@ RECIPES = {"default": {}, "weights of 4 bits": FAST | dict(WEIGHT_BIT=4), "activ
 DEFAULT = script.read_constants(script.LEGAL_RECIPE)
 ENGINES = ["ONNX Runtime", "OpenVINO"]
 
-
 @pytest.fixture(scope="module")
 def pictures():
     return script.CatDogDataset(ROOT / "cat_dog" / "val").first_pixels(100)
-
 
 @pytest.fixture(scope="module")
 def folded(pictures):
@@ -46,7 +43,6 @@ def folded(pictures):
         for chunk in pictures.split(20):
             model(chunk, model.update_range)
     return model
-
 
 @pytest.fixture(scope="module")
 def network(folded, pictures):
@@ -64,27 +60,19 @@ def network(folded, pictures):
 
     return make
 
-
 @pytest.fixture(scope="module")
 def checkpoint(network, tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "INT8_checkpoint.pth.tar"
     path.write_bytes(script.int8_checkpoint(network("default")))
     return path
 
-
 @pytest.fixture(scope="module")
 def exported(checkpoint):
     """The file of the default recipe, as the tool writes it, and what it printed."""
     path = checkpoint.with_name("INT8.onnx")
-    done = run_tool(checkpoint, path)
-    assert (done.returncode, done.stderr) == (0, "")
-    return path, done.stdout
-
-
-def run_tool(*arguments):
-    return subprocess.run([sys.executable, ROOT / "tools" / "export_onnx.py", arguments[0], "--output", arguments[1]],
-                          capture_output=True, text=True, timeout=300)
-
+    status, out, err = python(ROOT / "tools" / "export_onnx.py", checkpoint, "--output", path)
+    assert (status, err) == (0, "")
+    return path, out
 
 def engine_of(name, content):
     """What runs an ONNX file's bytes, pixels -> logits; skips where the engine is missing, or wrong on this CPU."""
@@ -92,16 +80,13 @@ def engine_of(name, content):
         pytest.skip("openvino is not installed")
     return {"ONNX Runtime": export_onnx.onnxruntime_engine, "OpenVINO": export_onnx.openvino_engine}[name](content)[1]
 
-
 def skip_where_kernels_overflow(model):
     if export_onnx.overflowing(model):
         pytest.skip("this CPU adds pairs of products in 16 bits, and so do the engines: their answers are others")
 
-
 def initializers_of(content):
     graph = onnx.load_from_string(content).graph
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
 
 @pytest.mark.parametrize("name", ["default", "scales per layer", "quantized logits"])
 def test_initializers_are_the_checkpoints(name, network, checkpoint):
@@ -123,12 +108,10 @@ def test_initializers_are_the_checkpoints(name, network, checkpoint):
         assert not found[f"{layer.name}.weight_zero_point"].any()
     assert ("fc2_scale" in found) == (name == "quantized logits")
 
-
 def test_file_has_the_integers_and_little_else(exported, checkpoint):
     path, _ = exported
     integers = sum(tensor.nbytes for tensor in torch.load(checkpoint, weights_only=True)["model"].values())
     assert integers < path.stat().st_size < 1.02 * integers
-
 
 def test_metadata(exported):
     """Enough to use the file without anything else."""
@@ -140,10 +123,8 @@ def test_metadata(exported):
     assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["n", 3, 224, 224])
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["n", 2])
 
-
 def answers(run, pixels, batch):
     return np.concatenate([run(chunk.contiguous().numpy()) for chunk in pixels.split(batch)])
-
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_answer_as_the_script(engine, exported, network, pictures):
@@ -158,7 +139,6 @@ def test_engines_answer_as_the_script(engine, exported, network, pictures):
         assert (logits.argmax(1) == expected.argmax(1)).all() and len(logits) == 100
         change = np.abs(logits - expected).max(1)
         assert (change > 1e-5).sum() <= 10 and change.max() < 0.01
-
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "default"])
@@ -180,7 +160,6 @@ def test_engines_answer_as_the_script_with_every_recipe(engine, name, network, p
         moved = ~np.isclose(logits, expected, rtol=1e-5, atol=1e-5).all(1)
         assert moved.sum() <= 1 and np.abs(logits - expected).max() < 0.02
 
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pixels_on_rounding_ties(engine, folded, pictures):
     """With an input range of 200: 20 * 255 / 200 is 25.5, and so on with each odd multiple of 20."""
@@ -194,7 +173,6 @@ def test_pixels_on_rounding_ties(engine, folded, pictures):
     logits = engine_of(engine, export_onnx.onnx_bytes(model))(pixels.numpy())
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
-
 def test_onnxruntime_runs_only_integer_kernels(exported, tmp_path):
     """In the graph that it saves after optimization."""
     options = onnxruntime.SessionOptions()
@@ -205,7 +183,6 @@ def test_onnxruntime_runs_only_integer_kernels(exported, tmp_path):
     operators = [node.op_type for node in graph.node]
     assert operators.count("QLinearConv") == 4 and operators.count("QGemm") == 2
     assert set(operators) <= {"QLinearConv", "QGemm", "NhwcMaxPool", "MaxPool", "Transpose", "Flatten", "Clip"}
-
 
 def test_openvino_runs_only_integer_kernels(exported):
     """In the graph that it executes, all that computes reads integers of 8 bits."""
@@ -219,14 +196,12 @@ def test_openvino_runs_only_integer_kernels(exported):
     others = {"Input", "Output", "Const", "Reorder", "Reshape"}
     assert {row["layerType"] for row in rows} <= kernels.keys() | others
 
-
 def test_the_tool_prints_its_check(exported):
     path, out = exported
     found = re.search(rf"ONNX Runtime {onnxruntime.__version__}: 100 of 100 classes are the script's;\n  a rounding "
                       r"step moved (\d+) of 100 pictures; SQNR against FP32 ([\d.]+) dB \(script ([\d.]+) dB\)\n", out)
     assert int(found[1]) <= 10 and 35 < float(found[2]) == pytest.approx(float(found[3]), abs=0.11)
     assert out.splitlines()[-1] == f"wrote {path}, {path.stat().st_size:,} bytes"
-
 
 def answers_of(kind):
     """(logits, by_script, fp32) of 100 pictures: the script is 40 dB away from FP32, an engine as `kind` says."""
@@ -246,7 +221,6 @@ def answers_of(kind):
         logits[99, 1] = np.nan
     return logits, by_script, fp32
 
-
 @pytest.mark.parametrize("kind, same, moved, near", [
     ("the script's", 100, 0, True), ("six moved", 100, 6, True), ("another class", 99, 1, False),
     ("another class at a tie", 99, 1, True), ("error doubled", 100, 100, False), ("NaN", 99, 1, False)])
@@ -257,14 +231,13 @@ def test_bound_of_the_check(kind, same, moved, near, capsys, network, monkeypatc
     if near:
         export_onnx.check_answers("engine", *answers_of(kind), None)
     else:
-        with pytest.raises(script.InputError, match="^engine does not answer as the script does: no file is written.$"):
+        with pytest.raises(script.InputError, match="^engine .* no file is written"):
             export_onnx.check_answers("engine", *answers_of(kind), None)
         overflow.append("cnn2")
-        with pytest.raises(script.InputError, match=r"kernels of cnn2 overflow .*\(no VNNI\): .* WEIGHT_BIT = 7\.$"):
+        with pytest.raises(script.InputError, match="cnn2 .*VNNI.*WEIGHT_BIT"):
             export_onnx.check_answers("engine", *answers_of(kind), None)
     assert (f"engine: {same} of 100 classes are the script's;\n  a rounding step moved {moved} of 100 pictures; "
             "SQNR against FP32 ") in capsys.readouterr().out
-
 
 @pytest.fixture
 def ten_pictures(tmp_path_factory, monkeypatch):
@@ -279,7 +252,6 @@ def ten_pictures(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(script, "BATCH_SIZE", 5)
     return folder
 
-
 def stopped_with(monkeypatch, checkpoint, output):
     """Call the tool in this process; return the line that it ends with."""
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(checkpoint), "--output", str(output)])
@@ -287,7 +259,6 @@ def stopped_with(monkeypatch, checkpoint, output):
         export_onnx.main()
     assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
     return stopped.value.code
-
 
 @pytest.mark.parametrize("layer, before", [("cnn1", None), ("cnn4", b"of a run before"), ("fc1", None),
                                            ("fc2", b"of a run before")])
@@ -304,9 +275,8 @@ def test_a_wrong_scale_is_refused(layer, before, checkpoint, ten_pictures, tmp_p
         output.write_bytes(before)
     monkeypatch.setattr(export_onnx, "arrays_of", wrong)
     line = stopped_with(monkeypatch, checkpoint, output)
-    assert re.match("ONNX Runtime [0-9.]+ does not answer as the script does: no file is written", line)
+    assert re.match("ONNX Runtime [0-9.]+ .*no file is written", line)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([before] if before else [])
-
 
 def test_pictures_that_cannot_be_decoded_are_left_out(checkpoint, network, ten_pictures, tmp_path, monkeypatch, capsys):
     skip_where_kernels_overflow(network("default"))
@@ -319,23 +289,14 @@ def test_pictures_that_cannot_be_decoded_are_left_out(checkpoint, network, ten_p
             file.unlink()
     assert "no usable picture" in stopped_with(monkeypatch, checkpoint, output) and not list(tmp_path.iterdir())
 
-
-@pytest.mark.parametrize("kind", ["missing", "FP32"])
-def test_a_checkpoint_that_cannot_be_used(kind, tmp_path, monkeypatch):
-    bad = tmp_path / "bad.pth.tar" if kind == "missing" else ROOT / "BEST_checkpoint.pth.tar"
+@pytest.mark.parametrize("kind", ["missing", "damaged", "FP32"])
+def test_a_checkpoint_that_cannot_be_used(kind, checkpoint, tmp_path, monkeypatch):
+    """SystemExit with a text is one line on stderr and exit status 1."""
+    bad = ROOT / "BEST_checkpoint.pth.tar" if kind == "FP32" else tmp_path / "bad.pth.tar"
+    if kind == "damaged":
+        bad.write_bytes(checkpoint.read_bytes()[:100_000])
     assert f"checkpoint {bad}" in stopped_with(monkeypatch, bad, tmp_path / "INT8.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_checkpoint(checkpoint, tmp_path):
-    """In a process of its own: one line on stderr, exit status 1."""
-    bad = tmp_path / "bad.pth.tar"
-    bad.write_bytes(checkpoint.read_bytes()[:100_000])
-    done = run_tool(bad, tmp_path / "INT8.onnx")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"checkpoint {bad} is damaged") and done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == [bad]
-
+    assert list(tmp_path.iterdir()) == [bad] * (kind == "damaged")
 
 @pytest.mark.parametrize("engine, module", [("ONNX Runtime", "onnxruntime"), ("OpenVINO", "nncf")])
 def test_rows_of_the_comparison(engine, module, network, folded, pictures, tmp_path):
@@ -352,7 +313,6 @@ def test_rows_of_the_comparison(engine, module, network, folded, pictures, tmp_p
         torch.testing.assert_close(int8.logits(pictures[:7], 5), model(pictures[:7]), atol=1e-5, rtol=1e-5)
     assert int8.size == (tmp_path / "int8.onnx").stat().st_size
 
-
 WITHOUT_TORCH = """
 import importlib.abc, sys
 
@@ -363,15 +323,12 @@ class Refuse(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 """
 
-
 def test_help_classifies_a_picture_without_torch(exported, network, tmp_path):
     """Its lines, in a process in which torch cannot be imported."""
     snippet = textwrap.dedent(export_onnx.__doc__.split("without torch:\n\n")[1].split("\n\n")[0])
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "INT8.onnx").write_bytes(exported[0].read_bytes())
     (tmp_path / "cat_dog").symlink_to(ROOT / "cat_dog")
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + snippet], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stderr) == (0, "")
     expected, _ = network("default").predict(ROOT / "cat_dog" / "val" / "cat.4.jpg")
-    assert len(snippet.splitlines()) == 5 and done.stdout == f"{expected}\n"
+    assert python("-c", WITHOUT_TORCH + snippet, cwd=tmp_path) == (0, f"{expected}\n", "")
+    assert len(snippet.splitlines()) == 5

@@ -26,7 +26,6 @@ def hints(calibrated=20, evaluated=100, interval=(85.0, 95.0), sqnr=30.0, recipe
               "images": {"evaluated": evaluated, "calibrated": calibrated}}
     return hints_of(report, folded, int8)
 
-
 # each hint as a pattern
 FEW = "Only 19 calibration pictures: "
 SILENT = r"Channels that were never active in calibration: 2 of 8 in cv4, 1 of 512 in fc1\.$"
@@ -35,7 +34,6 @@ STRONG = r"Logit SQNR is below 20 dB: .* cv2's strongest channel is 120 times it
 CLIPPED = r"BIAS_BIT = 16 clips biases \(2 of 32 in cnn2, 1 of 2 in fc2\): "
 WORSE, NEAR = [f"FP32 Top-1 of 90.0 % is {words}: " for words in ("worse than guessing", "near guessing")]
 CLIPS = dict(recipe={"BIAS_BIT": 16}, biases={"cnn2": [32767, 5, -32767], "fc2": [-32767]})
-
 
 @pytest.mark.parametrize("planted, expected", [
     ({}, []), (dict(calibrated=19), [FEW]), (dict(calibrated=1000), []),

@@ -17,14 +17,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from helpers import (
-    ONE_THREAD,
+    MUTATIONS,
     PICTURES,
     ROOT,
     Calls,
     Pictures,
     Place,
     figures_of,
-    hostile,
     mutated,
     png_header_that_promises,
     quantized,
@@ -36,7 +35,6 @@ from helpers import (
 SEED = 20              # of all mutations
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")        # as the script ignores them
 MEGABYTE = 2**20
-
 
 # layouts
 
@@ -65,7 +63,6 @@ def test_which_files_are_pictures_of_a_folder(tmp_path, monkeypatch):
             assert pictures.files == expected and pictures.labels == [int("og" in file) for file in expected]
             assert pictures.skipped == {}
 
-
 # pictures under attack
 
 def bases():
@@ -90,7 +87,6 @@ def bases():
         found.append((ending, file.getvalue()))
     return found
 
-
 def jpeg_that_promises(width, height):
     with Image.open(PICTURES / "cat.0.jpg") as image:
         file = io.BytesIO()
@@ -100,21 +96,19 @@ def jpeg_that_promises(width, height):
     data[at + 5:at + 9] = struct.pack(">HH", height, width)
     return bytes(data)
 
-
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
-    """A place with good pictures in cat_dog/val, and the same among more than 2,000 bad ones in cat_dog/attacked."""
+    """A place with good pictures in cat_dog/val, and the same among more than 200 bad ones in cat_dog/attacked."""
     place, rng = Place(tmp_path_factory.mktemp("attacked"), 10), random.Random(SEED)
     folder = place.val.parent / "attacked"
     folder.mkdir()
     for file in place.val.iterdir():
         shutil.copy(file, folder / f"good.{file.name}")
     originals = bases()
-    for i in range(2100):
-        ending, data = originals[i % len(originals)]
+    for i, ((ending, data), kind) in enumerate(itertools.product(originals, [*range(MUTATIONS)] * 2)):
         ending = rng.choice(["jpg", "png", "gif"]) if i % 11 == 0 else ending                     # wrong extension
         name = rng.choice(["cat.{}", "dog {}", "кот cat {}", "猫 dog {}", "قط-cat-{}", "dog_{}\n"]).format(i)
-        (folder / f"{name}.{ending}").write_bytes(mutated(data, rng))
+        (folder / f"{name}.{ending}").write_bytes(mutated(data, rng, kind))
     special = [b"", b"\0" * 5000, png_header_that_promises(60000, 60000), png_header_that_promises(8000, 8000),
                png_header_that_promises(0, 5), jpeg_that_promises(60000, 60000), jpeg_that_promises(8000, 8000),
                jpeg_that_promises(1, 60000), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"]
@@ -129,18 +123,16 @@ def attacked(tmp_path_factory):
     (folder / "cat.forbidden.jpg").chmod(0)
     return place, folder
 
-
 def run_measured(place, **constants):
     """(exit status, stderr, most memory in bytes) of a run."""
     script = place.edit(**constants)
     with open(place.folder / "out.txt", "wb") as out, open(place.folder / "err.txt", "wb") as err:
-        process = subprocess.Popen([sys.executable, script], stdout=out, stderr=err, env=os.environ | ONE_THREAD)
+        process = subprocess.Popen([sys.executable, script], stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, (place.folder / "err.txt").read_text(errors="replace"), usage.ru_maxrss * 1024
 
-
-def test_two_thousand_bad_pictures(attacked):
+def test_three_hundred_bad_pictures(attacked):
     """The run ends well, within the memory that the README states; each file is used or named with its reason."""
     place, folder = attacked
     status, err, clean_memory = run_measured(place)
@@ -151,15 +143,9 @@ def test_two_thousand_bad_pictures(attacked):
     assert memory < clean_memory + 1000 * MEGABYTE
     report = place.last_report()
     reasons = {row["file"]: row["reason"] for row in report["skipped"]}
-    assert report["images"]["evaluated"] + len(reasons) == len(os.listdir(folder)) > 2100
-    assert len(reasons) > 500 and all(reason and "\n" not in reason for reason in reasons.values())
-    for name, word in [("cat.special 0", "identify"), ("cat.special 2", "DecompressionBomb"),
-                       ("cat.special 5", "DecompressionBomb"), ("cat.special 8", "identify"),
-                       ("dog.nowhere", "No such file"), ("dog.itself", "symbolic links"), ("dog.pipe", "is not a file"),
-                       ("dog.long", "name too long")]:
-        assert word in reasons[f"cat_dog/attacked/{name}.jpg"], name
+    assert report["images"]["evaluated"] + len(reasons) == len(os.listdir(folder)) > 300
+    assert len(reasons) > 80 and all(reason and "\n" not in reason for reason in reasons.values())
     assert report["layers"] == clean["layers"]                                  # calibrated on the good ones
-
 
 def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
     """To the last bit, in FP32 and in INT8."""
@@ -172,10 +158,9 @@ def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
     for network in (folded, int8):
         expected, found = script.evaluate("", network, clean), script.evaluate("", network, mixed)
         rows = dict(zip(found.files, found.logits))
-        assert len(expected.files) == 10 and len(rows) > 500
+        assert len(expected.files) == 10 and len(rows) > 80
         for name, logits in zip(expected.files, expected.logits):
             assert torch.equal(rows[f"good.{name}"], logits), name
-
 
 # checkpoints under attack
 
@@ -186,32 +171,36 @@ def checkpoint(request, state):
         path = ROOT / "BEST_checkpoint.pth.tar"
         return path.read_bytes(), script.load_checkpoint(path).state_dict(), script.load_checkpoint
     int8 = quantized(state)[0]
-    return script.int8_checkpoint(int8), int8.state_dict(), script.load_int8_checkpoint
+    return script.int8_checkpoint(int8), int8.state_dict(), script.INT8_Model.load
 
+def loads_the_same(path, load, expected):
+    """Whether a checkpoint is loaded, and then with exactly these values; else it is refused in one line."""
+    try:
+        found = load(path).state_dict()
+    except script.InputError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+        return False
+    assert list(found) == list(expected) and all(torch.equal(found[name], value) for name, value in expected.items())
+    return True
 
-def test_three_hundred_mutated_checkpoints_of_a_kind(checkpoint, tmp_path):
-    """Refused with one line, or loaded with exactly the values that were saved."""
+def test_mutated_checkpoints(checkpoint, tmp_path):
+    """Also a single flipped bit in a weight, which torch's loader would take for the weight."""
     data, expected, load = checkpoint
     rng, path, loaded = random.Random(SEED), tmp_path / "c.pth.tar", 0
-    for i in range(300):
+    for kind in [*range(MUTATIONS)] * 5:
+        path.write_bytes(mutated(data, rng, kind))
+        loaded += loads_the_same(path, load, expected)
+    for _ in range(20):
         changed = bytearray(data)
-        if i % 3 == 0:                                              # the archive's lists of names and sizes
-            for _ in range(rng.choice([1, 1, 5])):
-                changed[-rng.randrange(1, 4000)] ^= 1 << rng.randrange(8)
-        else:
-            changed = mutated(changed, rng)
+        for _ in range(rng.choice([1, 1, 5])):                      # in the archive's lists of names and sizes
+            changed[-rng.randrange(1, 4000)] ^= 1 << rng.randrange(8)
         path.write_bytes(changed)
-        try:
-            found = load(path).state_dict()
-        except script.InputError as error:
-            assert "\n" not in str(error) and str(path) in str(error)
-            continue
-        loaded += 1
-        assert list(found) == list(expected)
-        for name, value in expected.items():
-            assert torch.equal(found[name], value), i
-    assert loaded < 150                                             # what loads has its damage where nothing lies
-
+        loaded += loads_the_same(path, load, expected)
+    assert 0 < loaded < 30                                          # what loads has its damage where nothing lies
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    path.write_bytes(flipped)
+    assert not loads_the_same(path, load, expected)
 
 def with_parts(data, change):
     """The archive with its parts changed, checksums right again. change: {name's end: function of bytes}."""
@@ -224,15 +213,14 @@ def with_parts(data, change):
             new.writestr(name, content)
     return file.getvalue()
 
-
 def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch):
     """Nothing but InputError comes out, nothing not finite comes in, and nothing is executed."""
     data, expected, load = checkpoint
     rng, path = random.Random(SEED), tmp_path / "c.pth.tar"
     for name in ("system", "mkdir", "remove"):
         monkeypatch.setattr(os, name, lambda *_: pytest.fail("executed"))
-    for _ in range(150):
-        path.write_bytes(with_parts(data, {"data.pkl": lambda content: mutated(content, rng)}))
+    for kind in [*range(MUTATIONS)] * 4:
+        path.write_bytes(with_parts(data, {"data.pkl": lambda content, kind=kind: mutated(content, rng, kind)}))
         try:
             found = load(path).state_dict()
         except script.InputError as error:
@@ -241,75 +229,69 @@ def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch)
             for name, value in expected.items():
                 assert found[name].shape == value.shape and found[name].float().isfinite().all(), name
 
+def beside_good_weights(data, value, key=b"note"):
+    """A good checkpoint's bytes with one more entry beside the weights: a value in pickle's opcodes."""
+    entry = b"X" + struct.pack("<I", len(key)) + key + value + b"s."
+    return with_parts(data, {"data.pkl": lambda content: content[:-1] + entry})
 
-def archive(pickled, tensor=bytes(64)):
-    """A checkpoint in torch's format with this pickle in it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as new:
-        for name, content in [("c/data.pkl", pickled), ("c/data/0", tensor), ("c/version", b"3\n"),
-                              ("c/byteorder", b"little")]:
-            new.writestr(name, content)
-    return file.getvalue()
+def opcodes(value):
+    """A value's pickle, without its frame."""
+    return pickle.dumps(value, 2)[2:-1]
 
-
-HOSTILE = {
-    "os.mkdir": lambda path: pickle.dumps({"model": hostile(path)}),
-    "open": lambda path: pickle.dumps({"model": Calls(open, str(path), "w")}),
-    "exec": lambda path: pickle.dumps({"model": Calls(exec, f"open({str(path)!r}, 'w')")}),
-    "old opcodes": lambda path: b"\x80\x02(X\x04\x00\x00\x00pathcos\nmkdir\n(X" + struct.pack("<I", len(str(path))) + (
-        str(path).encode() + b"tR."),
-    "inst": lambda path: b"(S" + repr(str(path)).encode() + b"\nios\nmkdir\n.",
-    "beside good weights": lambda path: pickle.dumps({"model": {}, "optimizer": hostile(path)}),
-    "as the recipe": lambda path: pickle.dumps({"model": {}, "recipe": hostile(path)}),
-    "torch.load again": lambda path: pickle.dumps({"model": Calls(torch.load, str(path))}),
-    "attributes of a class": lambda path: pickle.dumps({"model": Calls(setattr, torch.nn.Conv2d, "forward", None)}),
-    "build on a class": lambda path: (
-        b"\x80\x02ctorch.nn.modules.conv\nConv2d\n}X\x07\x00\x00\x00forwardX\x01\x00\x00\x00xsb."),
-    "nested too deep": lambda path: b"\x80\x02" + b"(" * 100000 + b"t" * 100000 + b".",
-    "endless memo": lambda path: b"\x80\x02}q\x00" + b"h\x00" * 1000 + b".",
-    "a huge tuple": lambda path: b"\x80\x02(" + b"K\x01" * 10**6 + b"t.",
+HOSTILE = {     # opcodes, and what is there where they have been executed
+    "os.mkdir": lambda path: opcodes(Calls(os.mkdir, str(path))),
+    "open": lambda path: opcodes(Calls(open, str(path), "w")),
+    "exec": lambda path: opcodes(Calls(exec, f"open({str(path)!r}, 'w')")),
+    "inst": lambda path: b"(S" + repr(str(path)).encode() + b"\nios\nmkdir\n",
+    "as a list's item": lambda path: opcodes([1, {"a": Calls(os.mkdir, str(path))}]),
+    "attributes of a class": lambda path: opcodes(Calls(setattr, torch.nn.Conv2d, "forward", None)),
 }
 
-
-@pytest.mark.parametrize("load", [script.load_checkpoint, script.INT8_Model.load])
+@pytest.mark.parametrize("key", [b"note", b"model", b"recipe"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pickles(tmp_path, name, load):
-    target, path = tmp_path / "executed", tmp_path / "c.pth.tar"
-    path.write_bytes(archive(HOSTILE[name](target)))
-    before = torch.load, torch.nn.Conv2d.forward
-    refused(path, load=load)
-    assert not target.exists() and (torch.load, torch.nn.Conv2d.forward) == before
-
-
-@pytest.mark.parametrize("load", [script.load_checkpoint, script.INT8_Model.load])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickle_that_does_harm_where_it_is_loaded_without_care(tmp_path, state, zipped, load):
-    """Beside good weights, in torch's format and in that before 1.6."""
-    path = tmp_path / "c.pth.tar"
-    torch.save({"model": state, "note": hostile(tmp_path / "executed")}, path, _use_new_zipfile_serialization=zipped)
-    refused(path, "mkdir" if zipped else "damaged", load=load)
-    assert not (tmp_path / "executed").exists()
+def test_hostile_pickles(tmp_path, monkeypatch, checkpoint, name, key):
+    """Beside all weights, or in their place, so that nothing but the safe loader refuses them: another one executes
+    them."""
+    (data, expected, load), target, path = checkpoint, tmp_path / "executed", tmp_path / "c.pth.tar"
+    path.write_bytes(beside_good_weights(data, b"N"))
+    assert loads_the_same(path, load, expected)
+    path.write_bytes(beside_good_weights(data, HOSTILE[name](target), key))
+    forward = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    refused(path, "cannot be loaded safely", load=load)
+    assert not target.exists() and torch.nn.Conv2d.forward is forward
     torch.load(path, weights_only=False)
-    assert (tmp_path / "executed").exists()
+    assert target.exists() or torch.nn.Conv2d.forward is None
 
+def test_hostile_pickle_in_the_format_of_torch_before_1_6(tmp_path, state):
+    path = tmp_path / "c.pth.tar"
+    torch.save({"model": state, "note": Calls(os.mkdir, str(tmp_path / "executed"))}, path,
+               _use_new_zipfile_serialization=False)
+    refused(path, "damaged")
+    assert not (tmp_path / "executed").exists()
+
+@pytest.mark.parametrize("value", [b"(" * 100_000 + b"t" * 100_000, b"(" + b"K\x01" * 10**5 + b"t"],
+                         ids=["nested deep", "a huge tuple"])
+def test_large_pickles(tmp_path, checkpoint, value):
+    """What is harmless beside the weights changes none."""
+    data, expected, load = checkpoint
+    (tmp_path / "c.pth.tar").write_bytes(beside_good_weights(data, value))
+    assert loads_the_same(tmp_path / "c.pth.tar", load, expected)
 
 @pytest.mark.parametrize("name", script.PICKLED_CLASSES)
 def test_class_that_a_pickle_may_name_makes_nothing(tmp_path, monkeypatch, name):
     """A call of it with 20000, 20000 would take 1.6 GB, were it nn.Linear. An inert object stands for the result."""
     called = f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n".encode() + b"M\x20\x4eM\x20\x4e\x86R"
     path = tmp_path / "c.pth.tar"
-    path.write_bytes(archive(b"\x80\x02}X\x05\x00\x00\x00model" + called + b"s."))
+    path.write_bytes(beside_good_weights((ROOT / "BEST_checkpoint.pth.tar").read_bytes(), called, b"model"))
     refused(path, "cnn1.weight is missing; it holds no weights")
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module is made"))
     assert vars(script.read_checkpoint(path)[0]["model"]) == {}
 
-
-def test_parts_that_are_too_small(tmp_path, state):
-    file, path = io.BytesIO(), tmp_path / "c.pth.tar"
-    torch.save({"model": state}, file)
-    path.write_bytes(with_parts(file.getvalue(), {"/data/0": lambda content: content[:8]}))
-    refused(path, "cannot be loaded safely (RuntimeError)")
-
+def test_parts_that_are_too_small(tmp_path):
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(with_parts((ROOT / "BEST_checkpoint.pth.tar").read_bytes(), {"/data/0": lambda part: part[:8]}))
+    refused(path, "cannot be loaded safely")
 
 @pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch, state):
@@ -322,7 +304,6 @@ def test_a_checkpoint_that_fills_the_memory(tmp_path, packed, monkeypatch, state
     monkeypatch.setattr(script, "LARGEST_CHECKPOINT", 4 * MEGABYTE)
     refused(path, "damaged")
 
-
 # same in, same out
 
 @pytest.fixture(scope="module")
@@ -332,23 +313,19 @@ def eleven(tmp_path_factory):
     (place.val / "dog.5.jpg").unlink()
     return place, *run_of(place)
 
-
 def run_of(place, **constants):
     report, _ = place.report(**constants)
     return report, torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
 
-
 @pytest.mark.parametrize("constants", [
-    dict(BATCH_SIZE=1), dict(BATCH_SIZE=2), dict(BATCH_SIZE=3), dict(BATCH_SIZE=10), dict(BATCH_SIZE=4096),
-    dict(NUM_WORKERS=1, DECODED_TOGETHER=4), dict(NUM_WORKERS=7, BATCH_SIZE=4), dict(INT8_ENGINE="reference"),
-    dict(KEEP_BYTES=5 * 224 * 224 * 3)], ids=str)
+    dict(BATCH_SIZE=1), dict(BATCH_SIZE=2, NUM_WORKERS=1, DECODED_TOGETHER=4), dict(BATCH_SIZE=4096, NUM_WORKERS=7),
+    dict(BATCH_SIZE=10, INT8_ENGINE="reference"), dict(BATCH_SIZE=3, KEEP_BYTES=5 * 224 * 224 * 3)], ids=str)
 def test_batches_workers_and_engines_change_nothing(eleven, constants):
     """Not one bit of ranges, integers, classes or flips. Nor does it where pictures are decoded again for each pass."""
     place, expected, tensors = eleven
     report, found = run_of(place, **constants)
     assert figures_of(report) == figures_of(expected)
     assert all(torch.equal(found[name], value) for name, value in tensors.items()) and len(found) == len(tensors)
-
 
 def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
     """Ranges and logits of pictures that come in another order, and so beside others, to the last bit."""
@@ -372,7 +349,6 @@ def test_order_of_the_pictures_changes_nothing(eleven, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found[0][0] + found[0][2], found[1][0] + found[1][2]))
     assert found[0][1] == found[1][1]
 
-
 # progress, Ctrl-C, closed pipes, full disks
 
 @pytest.mark.parametrize("seconds, lines", [
@@ -393,7 +369,6 @@ def test_progress(monkeypatch, capsys, seconds, lines):
     script.evaluate("x", lambda pixels, observe: torch.tensor([[1.0, 0.0]]).expand(len(pixels), 2), pictures)
     assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines)
 
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """(place with the results of a run, these)."""
@@ -401,13 +376,11 @@ def done(tmp_path_factory):
     place.report()
     return place, place.files()
 
-
-@pytest.mark.parametrize("step", ["Load", "Calibrate", "Verify", "Save"])
+@pytest.mark.parametrize("step", ["Load", "Save"])
 def test_ctrl_c_in_the_run(done, step):
     stopped(started(done[0].edit((step, "import signal\nos.kill(os.getpid(), signal.SIGINT)"))), *done)
 
-
-@pytest.mark.parametrize("lines", [0, 3, 43])
+@pytest.mark.parametrize("lines", [0, 43])
 def test_closed_pipe(done, lines):
     """`python quantize_catdog.py | head -3`: silence, a status that says so, and the results of before."""
     place, before = done
@@ -418,7 +391,6 @@ def test_closed_pipe(done, lines):
     assert process.stderr.read() == ""
     assert process.wait(timeout=300) == 1
     assert place.files() == before
-
 
 def test_full_disk(tmp_path):
     """A real one, where the tests may mount it."""
@@ -432,14 +404,13 @@ def test_full_disk(tmp_path):
     finally:
         subprocess.run(["umount", place.results], check=True)
 
-
 # scale
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     """Four times as many, of which KEEP_BYTES lets 10 MB of each split be kept. With a small SAMPLE: the maps of its
     pictures take more than all else."""
     memory = []
-    for count in (150, 600):
+    for count in (100, 400):
         place = Place(tmp_path / str(count), 2)
         for split in (place.train, place.val):
             with Image.open(split / "cat.0.jpg") as image:
@@ -450,4 +421,4 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
         assert (status, err) == (0, "")
         assert place.last_report()["images"] == {"evaluated": count + 1, "calibrated": count + 1}
         memory.append(most)
-    assert memory[1] < memory[0] + 50 * MEGABYTE, memory        # what is decoded takes 135 MB more
+    assert memory[1] < memory[0] + 40 * MEGABYTE, memory        # what is decoded takes 90 MB more

@@ -27,7 +27,6 @@ import oracle
 from helpers import (
     DEVICE,
     KERNELS,
-    ONE_THREAD,
     PICTURES,
     PIXELS,
     ROOT,
@@ -39,6 +38,7 @@ from helpers import (
     loaded,
     one_line,
     png_header_that_promises,
+    python,
     quantized,
     refused,
     run_here,
@@ -49,12 +49,10 @@ LAYERS = [row[0] for row in oracle.LAYERS]
 VALUES = [16 * 220**2, 32 * 106**2, 16 * 51**2, 8 * 23**2, 512, 2]         # outputs of each layer for a picture
 VNNI = pytest.mark.skipif(not KERNELS, reason="the INT8 kernels need a CPU with VNNI")
 
-
 # one run, of few bits so that answers change, on disjoint splits of different size
 
 def checksum(pixels):
     return zlib.crc32(pixels.contiguous().cpu().numpy().tobytes())
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -71,7 +69,6 @@ def whole(tmp_path_factory):
         hook.remove()
     return place, report, out, passes
 
-
 def test_which_network_sees_which_pictures(whole):
     """One split calibrates and refines; the other one is counted, and its first pictures are for checks and times."""
     names = {}
@@ -85,7 +82,6 @@ def test_which_network_sees_which_pictures(whole):
     assert timed >= 10 and [(network, names.get(crc, "noise")) for network, crc in whole[3]] == [
         *[(fp32, name) for name in sample * 2 + train + val + train[:4] + sample * 2],      # refining, equalization
         *[(fp32, "val 0"), (int8, "val 0")] * timed, *[(int8, name) for name in val + sample * 2]]  # saved, loaded
-
 
 def test_file_and_report_are_those_of_direct_calls(whole):
     """The INT8 network to the last byte, the report to the last figure, but for times."""
@@ -122,9 +118,8 @@ def test_file_and_report_are_those_of_direct_calls(whole):
         "speedup": ms[0] / ms[1], "busy": report["busy"]}
     assert report == json.loads(json.dumps(expected)) and min(ms) > 0
 
-
 def test_run_is_the_oracles(whole, state):
-    """Scales and weights follow from the FP32 weights; answers and their comparison from the integers in the file."""
+    """Its answers and their comparison, from the integers in the file; how they are found is in test_arithmetic."""
     place, report, out, _ = whole
     recipe, weights = default(4, 3), {name: value.numpy() for name, value in state.items()}
     names = [f"{kind}.{i}.jpg" for i in range(20) for kind in ("cat", "dog")]
@@ -140,29 +135,6 @@ def test_run_is_the_oracles(whole, state):
     factors = {output: oracle.equalizing_factors(ranges[output]) for _, _, _, output in oracle.LAYERS[:-1]}
     expected = oracle.scales(recipe, {name: (ranges[name] * factors.get(name, 1)).max() for name in ranges})
     np.testing.assert_allclose([*scales.values()], [expected[name] for name in scales], rtol=1e-4)
-    for name, bn, source, output in oracle.LAYERS:
-        w, b = oracle.folded(weights, name, bn)
-        written = factors.get(output, np.ones(len(w)))
-        read = np.repeat(factors.get(source, np.ones(w.shape[1])), w.shape[1] // len(factors.get(source, w[0])))
-        w = w * written.reshape(-1, *[1] * (w.ndim - 1)) / read.reshape(-1, *[1] * (w.ndim - 2))
-        w8, _, w_scale = oracle.mended_weights(w, b * written, scales[source], recipe, name)
-        np.testing.assert_allclose(integers[name][2], w_scale, rtol=1e-4)
-        difference = np.abs(integers[name][0] - w8)
-        assert (difference.max() <= 1 and difference.mean() < 1e-3) if not bn else difference.mean() < 0.5  # GPTQ's
-
-    outputs = [row[3] for row in oracle.LAYERS]
-    layers = {"layer": LAYERS, "weight shape": ["x".join(map(str, integers[name][0].shape)) for name in LAYERS],
-              "output range": [oracle.limits(recipe, output)[1] / scales[output] for output in outputs],
-              "scale in": [scales[row[2]] for row in oracle.LAYERS],
-              "scale out": [scales[output] for output in outputs[:-1]] + ["FP32"],
-              "smallest weight scale": [integers[name][2].min() for name in LAYERS],
-              "largest weight scale": [integers[name][2].max() for name in LAYERS],
-              "bits of sum": [int(oracle.largest_totals(recipe, name, integers).max()).bit_length()
-                              for name in LAYERS]}
-    assert report["layers"] == {heading: [
-        cell if isinstance(cell, (str, int)) else pytest.approx(float(cell), rel=1e-6) for cell in column]
-        for heading, column in layers.items()}
-
     labels = np.array([0, 1] * 20)
     logits = [oracle.forward(weights, evaluated)["fc2"], oracle.int8_pass(recipe, evaluated, scales, integers)[2]]
     classes = [each.argmax(1) for each in logits]
@@ -195,7 +167,6 @@ def test_run_is_the_oracles(whole, state):
                                rtol=1e-4)
     assert [name for name, _ in printed] == oracle.ACTIVATIONS
 
-
 def test_terminal(usual):
     place, report, out = usual
     assert ("\ncalibrating on cat_dog/train: 6 pictures, 3 cat, 3 dog\n"
@@ -214,7 +185,6 @@ def test_terminal(usual):
         assert [row["layer"] for row in report["engines"]] == LAYERS
         assert [(row["compared"], row["different"]) for row in report["engines"]] == [(6 * n, 0) for n in VALUES]
 
-
 def test_wilson_interval():
     """Against values worked out by hand from the formula in Wilson (1927)."""
     assert script.wilson(97, 100) == pytest.approx((91.548, 98.974), abs=2e-3)
@@ -222,7 +192,6 @@ def test_wilson_interval():
     assert script.wilson(10, 10) == pytest.approx((72.247, 100), abs=2e-3)
     for n in range(1, 500):
         assert script.wilson(0, n)[0] >= 0 and script.wilson(n, n)[1] <= 100
-
 
 def test_networks_are_timed_in_turns(monkeypatch):
     """Two networks that take 8 and 2 seconds, but for a first time that takes longer."""
@@ -239,8 +208,7 @@ def test_networks_are_timed_in_turns(monkeypatch):
     assert script.time_in_turns(networks, torch.zeros(4, 3, 2, 2), 3) == {"fp32": [1008, 8, 8], "int8": [1002, 2, 2]}
     assert calls == ["fp32", "int8"] * 3
 
-
-@pytest.mark.parametrize("slowest, busy", [(0.0079, False), (0.0081, True)])
+@pytest.mark.parametrize("slowest, busy", [(0.0079, False), (0.0081, True)])        # twice 0.004
 def test_the_fastest_round_counts_and_rounds_that_differ_mean_a_busy_machine(place, slowest, busy):
     """Five pictures a batch; more than a factor of two between the rounds of a network is told in the summary."""
     report, out = place.report(inserted=("Verify", f"""
@@ -251,7 +219,6 @@ def time_in_turns(functions, x, rounds):
     assert report["speedup"] == pytest.approx(4) and report["busy"] == busy
     assert ("\nThe machine was busy with other programs: do not trust the times.\n" in out) == busy
     assert {row["engine"] for row in report["engines"]} <= {"onednn"} or not KERNELS
-
 
 # the INT8 engine
 
@@ -269,10 +236,9 @@ def test_sums_that_fp32_cannot_hold_are_computed_in_fp64(largest):
     exact = oracle.linear(x.numpy().astype(np.float64), weight.numpy().astype(np.float64))
     assert exact.min() > 2**24 and torch.equal(layer.sums(x), torch.from_numpy(exact.astype(np.float32)))
 
-
 def engine_checks(paths):
     """For each INT8 checkpoint and each INT8_ENGINE what `choose_engines` says, and the values' checksum."""
-    pixels, rows = script.CatDogDataset(PICTURES).first_pixels(4), []
+    pixels, rows = script.CatDogDataset(PICTURES).first_pixels(2), []
     for path in paths:
         row = {}
         for engine in ("reference", "onednn", "auto"):
@@ -286,9 +252,7 @@ def engine_checks(paths):
         rows.append(row)
     return rows
 
-
 WIDTHS = [{"WEIGHT_BIT": 8}, {"WEIGHT_BIT": 7}, {"WEIGHT_BIT": 7, "LAYER_BITS": {"cnn2": 8}}]
-
 
 @pytest.fixture(scope="module")
 def widths(tmp_path_factory, state):
@@ -303,10 +267,8 @@ def widths(tmp_path_factory, state):
     assert len({crc for _, crc in found}) == 3
     return found
 
-
 def has(flag):
     return Path("/proc/cpuinfo").exists() and flag in Path("/proc/cpuinfo").read_text().split()
-
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone has CPUs that saturate")
 @pytest.mark.parametrize("isa, saturates", [
@@ -316,23 +278,21 @@ def test_engine_on_other_processors(widths, isa, saturates):
     """The same integers on each. Where kernels saturate, layers of 8-bit weights take the reference, and no others."""
     paths = [str(path) for path, _ in widths]
     driver = f"import json, test_script\nprint(json.dumps(test_script.engine_checks({paths})))"
-    done = subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, check=True,
-                          env=os.environ | ONE_THREAD | {"ONEDNN_MAX_CPU_ISA": isa,
-                                                         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    for recipe, (_, crc), row in zip(WIDTHS, widths, json.loads(done.stdout)):
+    status, out, err = python("-c", driver, environment={"ONEDNN_MAX_CPU_ISA": isa})
+    assert status == 0, err
+    for recipe, (_, crc), row in zip(WIDTHS, widths, json.loads(out), strict=True):
         wide = [name for name in LAYERS if recipe.get("LAYER_BITS", {}).get(name, recipe["WEIGHT_BIT"]) == 8]
         auto, forced = row["auto"]["checks"], row["onednn"]["checks"]
         assert row["reference"]["crc"] == row["auto"]["crc"] == crc
         assert (row["onednn"]["crc"] != crc) == bool(saturates and wide)
         for name, compared in zip(LAYERS, VALUES):
-            assert forced[name]["engine"] == "onednn" and auto[name]["compared"] == 4 * compared
+            assert forced[name]["engine"] == "onednn" and auto[name]["compared"] == 2 * compared
             wrong = "VNNI" in auto[name]["why"] and "WEIGHT_BIT = 7" in auto[name]["why"]
             # few weights of fc2 and of cnn1 may have no pair that overflows
             assert wrong == (saturates and name in wide) or name in ("cnn1", "fc2") and not wrong
             assert auto[name]["engine"] == ("reference" if wrong else auto[name]["engine"])
             assert wrong or auto[name]["different"] == 0
             assert wrong or name not in ("cnn1", "cnn2") or auto[name]["engine"] == "onednn"
-
 
 def kernel_changed(monkeypatch, change):
     """Let `change(layer, y)` change what the kernels answer."""
@@ -343,7 +303,6 @@ def kernel_changed(monkeypatch, change):
         change(layer, y)
         return y
     monkeypatch.setattr(script.INT8Layer, "run_kernel", changed)
-
 
 @VNNI
 def test_a_single_different_value_is_noticed(monkeypatch, state):
@@ -364,7 +323,6 @@ def test_a_single_different_value_is_noticed(monkeypatch, state):
     with torch.no_grad():
         assert torch.equal(unused(pixels), int8(pixels)) and "cnn4" not in unused.kernels
 
-
 def test_each_layer_is_compared_on_what_it_reads(monkeypatch, state):
     int8, pixels = quantized(state)
     seen = {}
@@ -380,7 +338,6 @@ def test_each_layer_is_compared_on_what_it_reads(monkeypatch, state):
     for name, (_, expected) in seen.items():
         assert torch.equal(expected, values[name]), name
 
-
 @VNNI
 @pytest.mark.parametrize("name", ["cnn1", "cnn4", "fc1"])
 def test_kernels_that_overflow_are_not_taken_though_the_pictures_agree(monkeypatch, state, name):
@@ -395,7 +352,6 @@ def test_kernels_that_overflow_are_not_taken_though_the_pictures_agree(monkeypat
     check = script.choose_engines(int8, pixels)[LAYERS.index(name)]
     assert check["different"] == 0 < check["compared"] and "WEIGHT_BIT = 7" in check["why"]
     assert name not in int8.kernels and "cnn2" in int8.kernels
-
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
 def test_missing_kernels(monkeypatch, state, error):
@@ -415,7 +371,6 @@ def test_missing_kernels(monkeypatch, state, error):
     expected = {"engine": "reference", "compared": 0, "different": 0, "why": "INT8_ENGINE asks for it"}
     assert script.choose_engines(int8, pixels) == [{"layer": name} | expected for name in LAYERS] and int8.kernels == []
 
-
 @pytest.mark.parametrize("where, error", [
     ("find_kernel", NameError), ("run_kernel", TypeError), ("sums", NameError), ("rescale", AttributeError)])
 def test_mistakes_of_our_own_are_no_missing_kernels(monkeypatch, state, where, error):
@@ -427,7 +382,6 @@ def test_mistakes_of_our_own_are_no_missing_kernels(monkeypatch, state, where, e
     monkeypatch.setattr(script.INT8Layer, where, mistaken)
     with pytest.raises(error, match="of our own"), torch.no_grad():
         int8(pixels)
-
 
 @pytest.mark.parametrize("changes, name, layers, size", [
     (dict(WEIGHT_BIT=4), "W4A8", dict.fromkeys(LAYERS, 7), 0.75),
@@ -446,7 +400,6 @@ def test_fewer_bits_of_weights(place, usual, changes, name, layers, size):
     assert [row["compared"] for row in report["engines"]] == [row["compared"] for row in usual[1]["engines"]]
     assert [row["different"] for row in report["engines"]] == [0] * 6
 
-
 @pytest.mark.parametrize("weight_bit, bit, layer_bits, name", [
     (8, 8, {}, "INT8"), (4, 8, {}, "W4A8"), (8, 4, {}, "W8A4"), (2, 2, {}, "W2A2"), (8, 8, {"fc1": 4}, "W4-8A8"),
     (4, 8, {"fc1": 8}, "W4-8A8"), (4, 8, {"fc1": 4}, "W4A8"), (8, 8, {"fc1": 8}, "INT8"), (8, 7, {"cnn1": 8}, "W8A7"),
@@ -454,7 +407,6 @@ def test_fewer_bits_of_weights(place, usual, changes, name, layers, size):
     (4, 8, dict.fromkeys(LAYERS, 8), "INT8")], ids=str)
 def test_name_of_a_recipe(weight_bit, bit, layer_bits, name):
     assert script.name_of({"WEIGHT_BIT": weight_bit, "BIT": bit, "LAYER_BITS": layer_bits}) == name
-
 
 def test_one_split_for_both(place, usual):
     """It is passed through once in FP32, and the ranges are its own."""
@@ -464,7 +416,6 @@ def test_one_split_for_both(place, usual):
         usual[1]["fp32"][key] for key in ("correct", "confusion")]
     assert report["layers"]["output range"] != usual[1]["layers"]["output range"]
     assert len(re.findall(r"(?m)^FP32 Top1: ", out)) == 1
-
 
 # pictures
 
@@ -479,12 +430,10 @@ def decoded(monkeypatch):
     monkeypatch.setattr(script, "decode", count)
     return names
 
-
 def all_of(pictures, size=5):
     """(pixels, labels) of a pass."""
     pixels, labels = zip(*batches(pictures, size))
     return torch.cat(pixels), torch.cat(labels).tolist()
-
 
 def test_pictures_are_decoded_once(tmp_path, monkeypatch, decoded):
     """In passes of any batch size and looked at alone. What does not fit KEEP_BYTES is decoded again, to the same."""
@@ -502,7 +451,6 @@ def test_pictures_are_decoded_once(tmp_path, monkeypatch, decoded):
         decoded.clear()
         assert torch.equal(all_of(pictures)[0], pixels) and (len(decoded), len(pictures.kept)) == (count, 70)
 
-
 def test_first_pixels_are_of_good_pictures_and_no_more_are_decoded_than_needed(tmp_path, decoded):
     place = Place(tmp_path, 20)
     expected = script.CatDogDataset(place.val).first_pixels(7)
@@ -511,7 +459,6 @@ def test_first_pixels_are_of_good_pictures_and_no_more_are_decoded_than_needed(t
         (place.val / f"cat.0.{i}.jpg").write_bytes(b"broken")
     assert torch.equal(script.CatDogDataset(place.val).first_pixels(7), expected) and len(decoded) <= 7 + 3 * 7
     assert len(script.CatDogDataset(place.val).first_pixels(50)) == 20
-
 
 def test_pixels_are_those_of_the_file_whatever_its_index(place, decoded):
     """A dataset that loses files after a pass, or is put into another order, as programs do for a subset."""
@@ -525,7 +472,6 @@ def test_pixels_are_those_of_the_file_whatever_its_index(place, decoded):
     found, labels = all_of(pictures)
     assert torch.equal(found, torch.stack([pixels[file] for file in pictures.files])) and len(decoded) == 6
     assert labels == [int("dog" in file) for file in pictures.files] and len(pictures) == 4
-
 
 # a program of one's own; prints for each way of loading the sizes of the batches and (label, checksum) of each picture
 LOADING = """
@@ -549,20 +495,18 @@ if __name__ == "__main__":
     print(json.dumps(found))
 """
 
-
 def test_data_loader_of_torch(tmp_path):
     """In this process and with workers, in order and shuffled, with torch's collation and ours. What cannot be decoded
     is left out of its batch."""
     place = Place(tmp_path, 20)
     for name in ("cat.2.jpg", "dog.9.jpg"):
         (place.val / name).write_bytes(b"broken")
-    done = subprocess.run([sys.executable, "-c", LOADING, place.val], capture_output=True, text=True, timeout=300,
-                          env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stderr) == (0, "")
+    status, out, err = python("-c", LOADING, place.val)
+    assert (status, err) == (0, "")
     files = [f"{kind}.{i}.jpg" for i in range(10) for kind in ("cat", "dog")]
     expected = [[int("dog" in file), checksum(to_tensor([script.decode(place.val / file, SIZE)]))]
                 for file in files if file not in ("cat.2.jpg", "dog.9.jpg")]
-    found = json.loads(done.stdout)
+    found = json.loads(out)
     for i, (sizes, items) in enumerate(found):
         assert sum(size[0] for size in sizes) == 18 and all(size[1:] == [3, 224, 224] for size in sizes)
         if i // 2 % 2:
@@ -570,7 +514,6 @@ def test_data_loader_of_torch(tmp_path):
         else:
             assert items == expected and [size[0] for size in sizes] == [7, 8, 3]
     assert len(found) == 8 and found[2] == found[3] == found[6] == found[7]
-
 
 def test_items_of_a_dataset(place):
     (place.val / "dog.1.jpg").write_bytes(b"broken")
@@ -584,7 +527,6 @@ def test_items_of_a_dataset(place):
     pixels, labels = pictures.collate_fn([])
     assert pixels.shape == (0, 3, 224, 224) and labels.shape == (0,) and labels.dtype == torch.int64
     assert pictures.usable() == [(file, int("dog" in file)) for file in pictures.files if file != "dog.1.jpg"]
-
 
 @pytest.mark.parametrize("name, label", [
     ("cat.0.jpg", 0), ("dog.12.jpg", 1), ("Cat_7.PNG", 0), ("my dogs 3.jpg", 1), ("DOG.jpeg", 1),
@@ -603,21 +545,17 @@ def test_label_from_name(name, label):
     else:
         assert script.label_of(name) == label
 
-
 def grey(value, size=(8, 6)):
     return Image.new("L", size, value)
 
-
 def wide(value):
     return Image.fromarray(np.full((6, 8), value, np.uint16))
-
 
 def bmp_with_alpha(bgra):
     """A BMP file of 8 x 6 pixels of one colour, with masks for four channels."""
     masks = struct.pack("<LLLL", 0xff0000, 0xff00, 0xff, 0xff000000)
     info = struct.pack("<LllHHLLllLL", 108, 8, 6, 1, 32, 3, 192, 2835, 2835, 0, 0) + masks + b"BGRs" + bytes(48)
     return b"BM" + struct.pack("<LHHL", 122 + 192, 0, 0, 122) + info + bytes(bgra) * 48
-
 
 @pytest.mark.parametrize("kind, make, expected", [
     ("L.png", lambda path: grey(77).save(path), (77, 77, 77)),
@@ -651,7 +589,6 @@ def test_odd_pictures_are_decoded_as_a_viewer_shows_them(tmp_path, kind, make, e
         assert np.array_equal(script.decode(image, SIZE), pixels)
         assert (image.mode, image.size, image.tobytes()) == before
 
-
 @pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70000), ("I", -5000)])
 def test_pixels_of_no_known_white_are_refused(tmp_path, mode, value):
     """They would be all white or all black. Given as an array they are refused as well."""
@@ -660,21 +597,6 @@ def test_pixels_of_no_known_white_are_refused(tmp_path, mode, value):
         script.decode(tmp_path / "cat.tif", SIZE)
     with Image.open(tmp_path / "cat.tif") as image, pytest.raises(script.InputError, match="^has 32-bit pixels"):
         script.decode(np.asarray(image), SIZE)
-
-
-def test_picture_is_turned_as_its_exif_says(tmp_path):
-    image = Image.new("RGB", (8, 6), "black")
-    image.paste("white", (0, 0, 4, 6))                      # white on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6                                        # to be turned a quarter clockwise: left becomes top
-    image.save(tmp_path / "cat.png", exif=exif)
-    pixels = script.decode(tmp_path / "cat.png", SIZE)
-    assert pixels[:60].min() > 200 and pixels[-60:].max() < 50
-    with Image.open(tmp_path / "cat.png") as image:
-        before = np.asarray(image)
-        assert np.array_equal(script.decode(image, SIZE), pixels)
-        assert np.array_equal(np.asarray(image), before)    # the caller's picture is not turned
-
 
 def test_unusable_files_are_left_out_and_named(place, usual):
     jpeg = (PICTURES / "cat.9.jpg").read_bytes()
@@ -686,15 +608,15 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     for name, (content, _) in bad.items():
         (place.val / name).write_bytes(content)
     os.mkfifo(place.val / "cat.pipe.jpg")                   # to open it would wait for ever
-    (place.val / "dog.link.jpg").symlink_to("nowhere")
-    (place.val / "dog.name.jpg").symlink_to("x" * 300)      # no file has so long a name
-    status, out, err = place.run(BATCH_SIZE=1)              # a batch may lose all its pictures
-    assert (status, err) == (0, ""), err
-    report = place.last_report()
+    links = {"nowhere": "No such file", "dog.link1.jpg": "symbolic links", "x" * 300: "name too long"}
+    for i, target in enumerate(links):                      # the second is a link to itself
+        (place.val / f"dog.link{i}.jpg").symlink_to(target)
+    report, out = place.report(BATCH_SIZE=1)                # a batch may lose all its pictures
     reasons = {row["file"]: row["reason"] for row in report["skipped"]}
-    assert set(reasons) == {f"cat_dog/val/{name}" for name in [*bad, "cat.pipe.jpg", "dog.link.jpg", "dog.name.jpg"]}
-    assert all(words in reasons[f"cat_dog/val/{name}"] for name, (_, words) in bad.items())
-    assert " 11 files were left out" in out
+    expected = {name: words for name, (_, words) in bad.items()} | {"cat.pipe.jpg": "is not a file"} | {
+        f"dog.link{i}.jpg": words for i, words in enumerate(links.values())}
+    assert set(reasons) == {f"cat_dog/val/{name}" for name in expected} and " 12 files were left out" in out
+    assert all(words in reasons[f"cat_dog/val/{name}"] for name, words in expected.items())
     assert all(script.shorten(name, 78) in out for name in reasons)
     good = usual[1]
     assert report["images"]["evaluated"] == 6 and report["fp32"]["correct"] == good["fp32"]["correct"]
@@ -705,8 +627,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     report, out = place.report()
     assert {row["file"].replace("train", "val"): row["reason"].replace("cat_dog/train", "cat_dog/val")
             for row in report["skipped"]} == reasons
-    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 11 files were left out" in out
-
+    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 12 files were left out" in out
 
 def test_two_folders_of_one_name_have_their_own_left_out_files(place):
     for kind, split, words in (("a", place.train, "no picture"), ("b", place.val, "no picture either")):
@@ -716,7 +637,6 @@ def test_two_folders_of_one_name_have_their_own_left_out_files(place):
     expected = ["a/val/cat.9.jpg", "b/val/cat.9.jpg"]
     assert [row["file"] for row in report["skipped"]] == expected and " 2 files were left out" in out
     assert all(f"{place.folder}/{file}" in row["reason"] for file, row in zip(expected, report["skipped"]))
-
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_no_usable_picture(place, split):
@@ -730,7 +650,6 @@ def test_no_usable_picture(place, split):
         (folder / name).write_text("no picture")
         place.refuse(*words, "cat")
         (folder / name).unlink()
-
 
 # constants
 
@@ -748,30 +667,22 @@ def test_home_folder(place, monkeypatch, usual, tmp_path_factory):
     assert script.resolve_path("a", "~/b") == home / "b"
     assert script.resolve_path("a", "b~") == ROOT / "a" / "b~"
 
-
 def test_largest_picture_size_runs_and_is_saved(place):
     """In the INT8 checkpoint too: `predict` brings each picture to this size."""
     report, _ = place.report(IMAGE_SIZE=(227, 212))
     assert report["constants"]["IMAGE_SIZE"] == [227, 212] and report["images"]["evaluated"] == 6
     model = script.INT8_Model.load(place.results / "INT8_checkpoint.pth.tar")
     assert model.recipe["IMAGE_SIZE"] == (227, 212)
-    with Image.open(PICTURES / "cat.0.jpg") as image:
-        large, small = [to_tensor([np.asarray(image.resize(size))]) for size in ((227, 212), (224, 224))]
-    with torch.no_grad():
-        expected = model(large)[0].tolist()
-        for pixels in (small, large.float(), large[0], large.transpose(2, 3)):
-            with pytest.raises(script.InputError, match=r"^pixels are .*: give uint8 .* \(n, 3, 212, 227\)$"):
-                model(pixels)
+    with Image.open(PICTURES / "cat.0.jpg") as image, torch.no_grad():
+        expected = model(to_tensor([np.asarray(image.resize((227, 212)))]))[0].tolist()
     assert model.predict(PICTURES / "cat.0.jpg")[1] == expected
     # a folder of pictures too, whatever the constant is here
     answers = script.evaluate("", model, script.CatDogDataset(place.val, model.recipe["IMAGE_SIZE"]))
     assert answers.logits[answers.files.index("cat.0.jpg")].tolist() == expected
 
-
 # results
 
 RESULTS = {"report.json", "INT8_checkpoint.pth.tar", "runs.csv"}
-
 
 @contextlib.contextmanager
 def nobody():
@@ -785,7 +696,6 @@ def nobody():
     else:
         yield
 
-
 @pytest.mark.parametrize("use, words", [
     (script.CatDogDataset, "DATA_DIR"), (script.load_checkpoint, "CHECKPOINT"), (script.INT8_Model.load, "checkpoint"),
     (lambda path: script.write_files(path, {"c": b"c"}), "OUTPUT_DIR")])
@@ -798,7 +708,6 @@ def test_paths_that_cannot_be_looked_at(tmp_path, use, words, path):
         use(tmp_path / path)
     message = str(error.value)
     assert words in message and str(tmp_path / path) in message and message.isprintable()
-
 
 def test_output_folder(place):
     """One that cannot be written, one where a folder has the report's name, one below a folder yet to be made. Files
@@ -817,16 +726,14 @@ def test_output_folder(place):
     found = place.files()
     assert {name: found.get(name) for name in others} == others and set(found) == set(others) | RESULTS
 
-
 def test_name_that_a_terminal_cannot_show(place):
     shutil.copy(PICTURES / "cat.0.jpg", place.val / "cat.\u732b.jpg")
     (place.val / "dog.\u732b.jpg").write_text("no picture")
-    status, out, err = place.run(environment={**ONE_THREAD, "PYTHONIOENCODING": "ascii"})
+    status, out, err = place.run(environment={"PYTHONIOENCODING": "ascii"})
     assert (status, err) == (0, "")
     report = place.last_report()
     assert report["images"]["evaluated"] == 7 and report["skipped"][0]["file"] == "cat_dog/val/dog.\u732b.jpg"
     assert r"dog.\u732b.jpg" in out
-
 
 # what ends a run late, or early, leaves the results of the run before
 
@@ -844,16 +751,14 @@ def test_answers_of_other_pictures_are_not_compared(place, monkeypatch):
     assert torch.equal(script.evaluate("", model, pictures).logits, second.logits)
     assert script.compare(first, first)["agreement"] == script.compare(second, second)["agreement"] == 1
     for answers in (second, other):
-        with pytest.raises(script.InputError, match="^FP32 and INT8 saw different pictures: run again"):
+        with pytest.raises(script.InputError, match="different pictures"):
             script.compare(first, answers)
 
-
 @pytest.mark.parametrize("keep_bytes, step, words", [
-    (0, "Quantize", "FP32 and INT8 saw different pictures"), (2**28, "Compare", "cat.1.jpg")])
+    (0, "Quantize", "different pictures"), (2**28, "Compare", "cat.1.jpg")])
 def test_picture_that_goes_during_the_run_ends_it(rerun, keep_bytes, step, words):
     """Between the passes, where its pixels are not kept in memory; or before its bytes are summed up."""
     rerun.refuse(words, KEEP_BYTES=keep_bytes, inserted=(step, f"os.remove({str(rerun.val / 'cat.1.jpg')!r})"))
-
 
 def beyond_fp32(state):
     """FP32 weights whose logits are numbers, but fc1's integers at their largest would lead to logits that are none:
@@ -861,7 +766,6 @@ def beyond_fp32(state):
     changed = {**state, "fc1.weight": torch.zeros(512, 968), "fc1.bias": torch.zeros(512)}
     changed["fc1.bias"][0] = 2e37
     return {**changed, "fc2.weight": torch.ones(2, 512), "fc2.bias": torch.zeros(2)}
-
 
 def test_earlier_results_survive(rerun, state):
     """A run whose file holds another network than it evaluated; one on an INT8 checkpoint; one on weights whose INT8
@@ -882,7 +786,6 @@ int8_file = file.getvalue()
     rerun.refuse("BEST_checkpoint.pth.tar cannot be read: No such file", "CHECKPOINT")
     assert set(rerun.files()) == RESULTS and "BytesIO" not in overflow
     assert overflow.count("checkpoint") == 1
-
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space"), OSError(30, "Read-only")], ids=str)
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
@@ -910,7 +813,6 @@ def test_write_that_stops(tmp_path, monkeypatch, stage, error):
     both, network, new = {"c": b"before", "report.json": b"before"}, {"c": b"before"}, {"c": b"after"}
     assert found == [both, both, network, new][stage - 1]
 
-
 # the checkpoint: in this process, since each case needs only the loader
 
 @pytest.mark.parametrize("change, words", [
@@ -933,19 +835,6 @@ def test_wrong_weights(tmp_path, state, change, words):
     torch.save({"model": changed}, tmp_path / "c.pth.tar")
     refused(tmp_path / "c.pth.tar", *words)
 
-
-def test_weights_alone_are_enough(tmp_path, state):
-    """Torch before 0.4.1 counted no batches, and no ranges are needed. From a path or from memory, ready to answer."""
-    weights = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")
-               and not name.startswith("range_")}
-    assert len(weights) == 28
-    torch.save({"model": weights}, tmp_path / "c.pth.tar")
-    for file in (tmp_path / "c.pth.tar", io.BytesIO((tmp_path / "c.pth.tar").read_bytes())):
-        model = script.load_checkpoint(file)
-        assert not any(module.training for module in model.modules())
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
-
-
 def test_values_that_overflow_end_the_run(place, state):
     """In the calibration pictures; and in others, where the calibration picture is black."""
     torch.save({"model": {**state, "cnn1.weight": torch.full((16, 3, 5, 5), 1e38)}}, place.checkpoint)
@@ -956,14 +845,12 @@ def test_values_that_overflow_end_the_run(place, state):
     torch.save({"model": {**state, "fc2.weight": state["fc2.weight"] * 1.2e38}}, place.checkpoint)
     place.refuse("give a checkpoint with", CALIBRATION_SPLIT="black")
 
-
 def test_calibrating_again_forgets_the_pictures_before(state):
     folded, alone = loaded(state).fused(), loaded(state).fused()
     bright, dark = Pictures(PIXELS), Pictures(PIXELS // 9)
     for model, pictures, same in ((alone, dark, True), (folded, bright, False), (folded, dark, True)):
         script.calibrate(model, pictures)
         assert {torch.equal(model.ranges[name], alone.ranges[name]) for name in script.ACTIVATIONS[1:]} == {same}
-
 
 @pytest.mark.parametrize("load", [script.load_checkpoint, script.INT8_Model.load])
 @pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"model": None}, {"model": 3}, "text"])
@@ -973,7 +860,6 @@ def test_file_without_a_model(tmp_path, saved, load):
     refused(tmp_path / "c.pth.tar", "it holds " if load is script.load_checkpoint else "no recipe", load=load)
     refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
             load=script.INT8_Model.load)
-
 
 @pytest.fixture
 def notebook_model(state):
@@ -993,7 +879,6 @@ def notebook_model(state):
     yield model
     vars(sys.modules["__main__"]).pop("CNN_Model", None)
 
-
 def test_pickled_module(tmp_path, state, notebook_model):
     """The notebook's classes need not be there; the script's have the name that they have where it is imported. Other
     classes are refused."""
@@ -1007,23 +892,10 @@ def test_pickled_module(tmp_path, state, notebook_model):
         assert all(torch.equal(found[name], value) for name, value in state.items() if value.is_floating_point())
     refused(tmp_path / "c.pth.tar", "torch.nn.modules.dropout.Dropout")
 
-
 # the INT8 checkpoint
 
 KEYS = [f"scale_{name}" for name in oracle.ACTIVATIONS] + [
     f"{layer}.{key}" for layer in LAYERS for key in ("weight", "bias", "w_scale")]
-
-
-def test_int8_checkpoint_holds_tensors_and_the_recipe(usual):
-    place, report, _ = usual
-    saved = torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)    # plain values, or this raises
-    assert set(saved) == {"model", "recipe"} and list(saved["model"]) == KEYS
-    assert report["recipe"] == {name: report["constants"][name] for name in script.LEGAL_RECIPE}
-    assert json.loads(json.dumps(saved["recipe"])) == report["recipe"]
-    dtypes = {"weight": torch.int8, "bias": torch.int32}
-    assert all(value.dtype == dtypes.get(name.split(".")[-1], torch.float32) for name, value in saved["model"].items())
-    assert set(place.files()) == RESULTS
-
 
 def test_int8_checkpoint_alone_gives_the_same_answers(rerun, usual):
     """A few lines of Python do it: no FP32 weights, no calibration, whatever the constants say."""
@@ -1044,11 +916,9 @@ print(model.predict("cat_dog/val/cat.0.jpg"))"""], cwd=rerun.folder, capture_out
     assert json.loads(json.dumps(model.recipe)) == report["recipe"] and ("cnn2" in model.kernels) == KERNELS
     assert script.layer_table(model) == report["layers"] and not model.training
 
-
 RECIPES = {"default": {}, "notebook's": dict(PER_CHANNEL=False, UNSIGNED_RELU=False, BIAS_BIT=16, QUANTIZE_LOGITS=True),
            "5 bits": dict(BIT=5, WEIGHT_BIT=5, BIAS_BIT=20), "W4-8A8": dict(LAYER_BITS={"cnn2": 5, "fc1": 4}),
            "wide": dict(IMAGE_SIZE=(227, 212))}
-
 
 @pytest.fixture(scope="module", params=RECIPES)
 def saved(request, tmp_path_factory, state):
@@ -1060,7 +930,6 @@ def saved(request, tmp_path_factory, state):
     path.write_bytes(script.int8_checkpoint(int8))
     return int8, pixels, path
 
-
 def test_int8_checkpoint_loads_to_the_same_logits(saved, capfd, monkeypatch):
     """And, saved again at another time, to the same bytes. Whatever the constants say when it is loaded."""
     int8, pixels, path = saved
@@ -1068,6 +937,8 @@ def test_int8_checkpoint_loads_to_the_same_logits(saved, capfd, monkeypatch):
                             BIAS_BIT=9).items():
         monkeypatch.setattr(script, name, value)
     found = script.INT8_Model.load(path)
+    content = torch.load(path, weights_only=True)           # tensors and plain values, or this raises
+    assert set(content) == {"model", "recipe"} and list(content["model"]) == KEYS and content["recipe"] == int8.recipe
     assert list(found.state_dict()) == KEYS and found.recipe == int8.recipe and not found.training
     for name, value in int8.state_dict().items():
         assert found.state_dict()[name].dtype == value.dtype and torch.equal(found.state_dict()[name], value)
@@ -1083,18 +954,14 @@ def test_int8_checkpoint_loads_to_the_same_logits(saved, capfd, monkeypatch):
         assert {part.date_time for part in parts.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     assert [file.name for file in path.parent.iterdir()] == [path.name] and capfd.readouterr().out == ""
 
-
 def change_tensor(name, value):
     return lambda saved: saved["model"].update({name: value})
-
 
 def change_scale(name, value):
     return lambda saved: saved["model"][name].fill_(value)
 
-
 def change_recipe(**changes):
     return lambda saved: saved["recipe"].update(changes)
-
 
 @pytest.mark.parametrize("change, words", [
     (lambda saved: saved["model"].pop("cnn2.bias"), ["cnn2.bias", "missing"]),
@@ -1130,7 +997,6 @@ def test_wrong_int8_checkpoint(saved, tmp_path, change, words):
     torch.save(content, tmp_path / "c.pth.tar")
     refused(tmp_path / "c.pth.tar", *words, load=script.INT8_Model.load)
 
-
 @pytest.mark.parametrize("recipe, width, name", [
     (dict(WEIGHT_BIT=5), 5, "cnn3.weight"), (dict(BIAS_BIT=20), 20, "fc1.bias"),
     (dict(LAYER_BITS={"fc1": 4}), 4, "fc1.weight"), (dict(WEIGHT_BIT=3, LAYER_BITS={"fc1": 4}), 3, "cnn4.weight")],
@@ -1145,13 +1011,11 @@ def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, state, re
             assert script.INT8_Model.load(path).state_dict()[name].flatten()[-1] == integer
     refused(path, f"{name.split('.')[0]} has an integer", "does not allow", load=script.INT8_Model.load)
 
-
 # as a module
 
 @pytest.fixture(scope="module")
 def model(usual):
     return script.INT8_Model.load(usual[0].results / "INT8_checkpoint.pth.tar")
-
 
 def test_predict_takes_what_holds_a_picture(model):
     """A path, a file object, its bytes, a Pillow picture, an array; or several of them all, one at a time."""
@@ -1178,7 +1042,6 @@ def test_predict_takes_what_holds_a_picture(model):
     assert model.predict(clear) == expected[0] and model.predict(grey) == model.predict(np.dstack([grey] * 3))
     assert [np.array_equal(np.asarray(image), array) for image, array in zip(images, arrays)] == [True] * 4
 
-
 @pytest.mark.parametrize("picture", [
     *[np.zeros(shape, np.uint8) for shape in ((9, 9, 1), (3, 9, 9), (1, 9, 9, 3), ())],
     *[np.zeros((9, 9, 3), dtype) for dtype in (np.float32, np.float64, np.int8, np.uint16, bool)],
@@ -1191,45 +1054,19 @@ def test_predict_refuses_what_is_no_picture(model, picture):
     with pytest.raises(script.InputError, match="^picture 1 "):
         model.predict([PICTURES / "cat.0.jpg", picture])
 
-
-def test_loop_over_pictures_lives_on_at_broken_ones(model, tmp_path):
-    """`except Exception` is what programs write; nothing but InputError comes."""
+@pytest.mark.parametrize("name, words", [
+    ("broken.jpg", "cannot be decoded"), ("half.jpg", "truncated"), ("folder.jpg", "is not a file"),
+    ("pipe.jpg", "is not a file"), ("none.jpg", "FileNotFoundError")])
+def test_predict_names_a_broken_file(model, tmp_path, name, words):
+    """Nothing but InputError comes, so that a loop over files can live on."""
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "half.jpg").write_bytes((PICTURES / "cat.0.jpg").read_bytes()[:2000])
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
-    bad = {"broken.jpg": "cannot be decoded", "half.jpg": "truncated", "folder.jpg": "is not a file",
-           "pipe.jpg": "is not a file", "none.jpg": "cannot be decoded: FileNotFoundError"}
-    answers, errors = [], []
-    for file in [PICTURES / "cat.0.jpg", *[tmp_path / name for name in bad], PICTURES / "dog.0.jpg"]:
-        try:
-            answers.append(model.predict(file))
-        except Exception as error:
-            errors.append(error)
-    assert answers == model.predict([PICTURES / "cat.0.jpg", PICTURES / "dog.0.jpg"])
-    for error, (name, words) in zip(errors, bad.items(), strict=True):
-        assert isinstance(error, script.InputError) and str(error).startswith(f"{tmp_path / name} ")
-        assert words in str(error) and "\n" not in str(error)
-    with pytest.raises(script.InputError, match="half.jpg cannot be decoded"):
-        model.predict([PICTURES / "cat.0.jpg", str(tmp_path / "half.jpg")])
-
-
-def test_copy_of_a_model_is_another(usual, model):
-    """It answers the same, and its weights and its recipe are its own. So is one that is loaded in inference mode."""
-    picture = PICTURES / "cat.0.jpg"
-    answer, other = model.predict(picture), copy.deepcopy(model)
-    assert other.predict(picture) == answer and other.kernels is not model.kernels
-    recipe = copy.deepcopy(model.recipe)
-    empty = script.INT8_Model(recipe)
-    recipe["LAYER_BITS"]["fc1"] = 2
-    assert empty.recipe == model.recipe
-    other.cnn1.weight.zero_()
-    assert other.prepare(model.kernels).predict(picture) != answer == model.predict(picture)
-    with torch.inference_mode():
-        other = script.INT8_Model.load(usual[0].results / "INT8_checkpoint.pth.tar")
-        assert other.predict(picture) == answer
-    assert other.predict(picture) == answer
-
+    for pictures in (tmp_path / name, [PICTURES / "cat.0.jpg", str(tmp_path / name)]):
+        with pytest.raises(script.InputError, match=f"^{tmp_path / name} .*{words}") as error:
+            model.predict(pictures)
+        assert "\n" not in str(error.value)
 
 IMPORTING = """
 import os, random, signal, sys, threading, warnings
@@ -1262,14 +1099,9 @@ quantize_catdog.prepare_process()
 print(*sorted(name for name, value in process().items() if value != before[name]))
 """
 
-
 def test_importing_changes_nothing_in_the_process():
     """Nor does it print. What the run changes is in one function."""
-    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    changed = ["allow_tf32", "stdout", "text", "warnings"]
-    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(changed) + "\n", "")
-
+    assert python("-c", IMPORTING) == (0, "allow_tf32 stdout text warnings\n", "")
 
 @pytest.mark.parametrize("name, given, expected", [
     ("__main__", {}, ["10000", "64m"]), ("__main__", {"OMP_WAIT_POLICY": "active"}, [None, "64m"]),
@@ -1285,14 +1117,12 @@ print([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "PILLOW_BLOCK_SIZE")]
                           text=True, env=environment, check=True)
     assert done.stdout == f"{expected} False\n"
 
-
 def test_one_line_for_what_a_user_can_mend(place):
     """A mistake of the script's own shows its traceback."""
     status, _, err = run_here(place.edit(("Quantize", "raise OSError(28, 'No space left', 'x')")))
     one_line(status, err, "No space left", "'x'")
     status, _, err = run_here(place.edit(("Load", "load_chekpoint(CHECKPOINT)")))
     assert status == 1 and "Traceback" in err and "NameError" in err and "load_chekpoint" in err
-
 
 # closer to FP32
 
@@ -1315,7 +1145,6 @@ def test_the_methods_pay(tmp_path, state):
         sqnr[name] = script.compare(fp32, script.evaluate("INT8", int8, evaluation))["logit_sqnr_db"]
         assert (fp32_model is not folded) == (name == "all")                        # equalized
     assert sqnr["none"] + 0.5 < sqnr["HEADROOM"] and sqnr["none"] + 3 < sqnr["all"]
-
 
 @pytest.mark.skipif("CATDOG_PHOTOS" not in os.environ, reason="CATDOG_PHOTOS names no folder with train/ and val/")
 def test_accuracy_on_photographs(tmp_path):

@@ -16,11 +16,9 @@ def crowded(tmp_path_factory):
         (place.val / f"bird.{i}.jpg").write_bytes(b"")
     return place.report()
 
-
 def predictions(pictures, logits):
     """The Predictions of a network that answers with these logits."""
     return script.evaluate("INT8", lambda pixels, observe: logits, pictures)
-
 
 @pytest.mark.parametrize("corrected, broken, p", [
     (0, 0, 1), (0, 1, 1), (5, 5, 1), (1, 9, 0.021484375), (9, 1, 0.021484375), (0, 10, 0.001953125),
@@ -29,10 +27,9 @@ def test_mcnemar(corrected, broken, p):
     """Tails of the binomial distribution, by hand: (1, 9) is 2 * (1 + 10) / 1024."""
     assert script.mcnemar(corrected, broken) == p
 
-
 def test_mcnemar_of_very_many():
-    assert 0 < script.mcnemar(3000, 3300) < 0.001 < 0.1 < script.mcnemar(3000, 3050) < 1
-
+    """2^1550 is beyond a float."""
+    assert 0 < script.mcnemar(700, 850) < 0.001 < 0.1 < script.mcnemar(700, 730) < 1
 
 def test_a_tie_is_a_cat(capsys):
     """In each figure: Top-1, pictures right, and what they were called."""
@@ -41,7 +38,6 @@ def test_a_tie_is_a_cat(capsys):
     assert "INT8 Top1: 75.000, 4 of 4" in capsys.readouterr().out
     accuracy = script.accuracy_of(found)
     assert accuracy["correct"] == 3 and accuracy["confusion"] == [[3, 0], [1, 0]]
-
 
 def test_planted_flips():
     """Of five pictures the second and the third turn right and the fourth wrong."""
@@ -59,7 +55,6 @@ def test_planted_flips():
     assert [found[name]["correct"] for name in ("fp32", "int8")] == [2, 3]
     assert found["logit_sqnr_db"] == pytest.approx(10 * math.log10(16.3125 / (0.5625 + 2 + 1 + 1)))
 
-
 def test_three_classes(monkeypatch):
     """An answer may change from one wrong class to another one; the confusion has as many rows as there are classes."""
     monkeypatch.setattr(script, "CLASSES", ("cat", "dog", "bird"))
@@ -70,7 +65,6 @@ def test_three_classes(monkeypatch):
     assert found["mcnemar"] == {"corrected": 0, "broken": 0, "p": 1}
     assert found["int8"]["confusion"] == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
 
-
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_logits_that_are_no_numbers_are_not_compared(value, wrong):
@@ -79,7 +73,6 @@ def test_logits_that_are_no_numbers_are_not_compared(value, wrong):
     answers = [predictions(pictures, torch.tensor([[1.0, value if i == wrong else 0.0]])) for i in range(2)]
     with pytest.raises(script.InputError, match="logits overflow FP32"):
         script.compare(*answers)
-
 
 @pytest.mark.parametrize("corrected, broken, chance", [
     (0, 5, "could be chance (McNemar's p = 0.062)"), (4, 12, "could be chance (McNemar's p = 0.077)"),
@@ -94,7 +87,6 @@ def test_verdict(crowded, capsys, corrected, broken, chance):
     verdict = f"INT8 corrects {corrected} and breaks {broken} of FP32's answers, which {chance}"
     assert verdict in out if chance else "McNemar" not in out
 
-
 def test_figures_in_the_summary(crowded, capsys):
     """Each in its network's row: Top-1, its interval, right pictures of each class, time, size."""
     rows = {name: crowded[0][name] | dict(
@@ -107,10 +99,8 @@ def test_figures_in_the_summary(crowded, capsys):
                  "same class 98.75 %, logit SQNR 39.7 dB, INT8 1.8 times as fast"):
         assert line.split() in lines
 
-
 NAMES = ["x" * 300, "cat.0.jpg", "猫" * 200, "a\nb\r\x1b[2J" * 30, "\u202e" * 99, "\udcff" * 99, "cat\u0301" * 99,
          " " * 500, "/".join(["folder"] * 60)]
-
 
 def test_summary_is_at_most_80_characters_wide(crowded, capsys):
     """With names of any length and kind, in lines that hold nothing but what can be printed. Lists are cut."""
@@ -128,12 +118,10 @@ def test_summary_is_at_most_80_characters_wide(crowded, capsys):
     assert "27 pictures changed their class, 27 files were left out; see report.json" in lines
     assert sum("..." in line for line in lines) >= 20 + 20 / 9 * 7
 
-
 def test_names_that_would_move_the_cursor():
     assert script.shorten("cats/\x1b[31mred\n.jpg", 99) == r"cats/\x1b[31mred\n.jpg"
     assert script.shorten("\u732b.jpg", 99) == "\u732b.jpg"
     assert script.shorten("a" * 20 + "cat.jpg", 15) == "...aaaaacat.jpg" and len(script.shorten("b" * 15, 15)) == 15
-
 
 def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(crowded):
     report, out = crowded

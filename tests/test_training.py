@@ -15,7 +15,6 @@ import train_checkpoint  # noqa: E402
 
 SEEDS = {"val": 0, "train": 2}        # --seed of the shipped drawings
 
-
 @pytest.mark.parametrize("split", SEEDS)
 def test_the_hundred_pictures(split):
     for kind in ("cat", "dog"):
@@ -25,13 +24,11 @@ def test_the_hundred_pictures(split):
                 assert 250 <= min(image.size) <= max(image.size) <= 700
     assert len(list((ROOT / "cat_dog" / split).iterdir())) == 100
 
-
 def test_a_seed_always_draws_the_same():
     first, again = draw_cat_dog.draw("cat", 7), draw_cat_dog.draw("cat", 7)
     assert first.tobytes() == again.tobytes()
     assert draw_cat_dog.draw("dog", 7).resize((32, 32)).tobytes() != first.resize((32, 32)).tobytes()
     assert draw_cat_dog.draw("cat", 8).resize((32, 32)).tobytes() != first.resize((32, 32)).tobytes()
-
 
 @pytest.mark.parametrize("split, seed", SEEDS.items())
 def test_shipped_pictures_are_the_tools(split, seed):
@@ -43,7 +40,6 @@ def test_shipped_pictures_are_the_tools(split, seed):
             assert np.abs(np.asarray(shipped, float) - np.asarray(drawn, float)).mean() < 6
     contents = [file.read_bytes() for other in SEEDS for file in (ROOT / "cat_dog" / other).iterdir()]
     assert len(set(contents)) == len(contents) == 200
-
 
 def test_trained_network_is_the_scripts():
     """Pooling before batch norm, and the normalization folded into cnn1, change no logit."""
@@ -63,12 +59,10 @@ def test_trained_network_is_the_scripts():
         expected = trained(train_checkpoint.normalize(pixels.float()))
         torch.testing.assert_close(model(pixels), expected, rtol=1e-4, atol=1e-4)
 
-
 def train(monkeypatch, folder, *arguments):
     monkeypatch.setattr(sys, "argv", ["train_checkpoint.py", "--cache", str(folder / "cache"), "--batch", "16",
                                       "--output", str(folder / "c.pth.tar"), *arguments])
     train_checkpoint.main()
-
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     """To the same weights as without an interruption; and the script loads what it writes."""
@@ -98,7 +92,6 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5)
 
-
 @pytest.fixture
 def folders(tmp_path):
     """A folder of 24 pictures, whose folders' names are their labels."""
@@ -107,7 +100,6 @@ def folders(tmp_path):
             (tmp_path / "pets" / kind).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 30), (20 * i, 200 * (kind == "cats"), 30)).save(tmp_path / "pets" / kind / f"{i}.png")
     return tmp_path / "pets"
-
 
 def test_own_photographs_are_trained_on_from_given_weights(folders, tmp_path, monkeypatch, capsys):
     """With a learning rate of almost 0 the weights stay those of --start; the shipped ones are not written over."""
@@ -126,7 +118,6 @@ def test_own_photographs_are_trained_on_from_given_weights(folders, tmp_path, mo
     train_checkpoint.main()
     assert (tmp_path / "results" / "trained_checkpoint.pth.tar").exists()
 
-
 def test_what_cannot_train_is_refused_in_one_line(folders, tmp_path, monkeypatch):
     def refused(*arguments):
         with pytest.raises(SystemExit) as ended:
@@ -142,7 +133,6 @@ def test_what_cannot_train_is_refused_in_one_line(folders, tmp_path, monkeypatch
     assert "no usable picture in" in refused("--photos", str(tmp_path / "birds"))
     assert "checkpoint" in refused("--photos", str(folders), "--start", str(tmp_path / "nowhere"))
     assert not (tmp_path / "c.pth.tar").exists()
-
 
 def test_a_training_on_other_pictures_is_not_gone_on_with(folders, tmp_path, monkeypatch):
     """Unless that is asked for. A picture that was replaced is another one."""

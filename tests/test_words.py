@@ -28,14 +28,12 @@ WORDS = {
     r"\bwidens? the ranges?\b": "multiplies the ranges",
 }
 
-
 @pytest.mark.parametrize("name", FILES)
 def test_words(name):
     text = (ROOT / name).read_text()
     found = [f"{text[:match.start()].count(chr(10)) + 1}: {match[0]!r}: write {better!r}"
              for pattern, better in WORDS.items() for match in re.finditer(pattern, text, re.IGNORECASE)]
     assert found == []
-
 
 @pytest.mark.parametrize("name", FILES)
 def test_equalization_is_called_by_its_name(name):

@@ -119,7 +119,7 @@ def test_file_and_report_are_those_of_direct_calls(whole):
     assert report == json.loads(json.dumps(expected)) and min(ms) > 0
 
 def test_run_is_the_oracles(whole, state):
-    """Its answers and their comparison, from the integers in the file; how they are found is in test_arithmetic."""
+    """Scales and weights follow from the FP32 weights; answers and their comparison from the integers in the file."""
     place, report, out, _ = whole
     recipe, weights = default(4, 3), {name: value.numpy() for name, value in state.items()}
     names = [f"{kind}.{i}.jpg" for i in range(20) for kind in ("cat", "dog")]
@@ -135,6 +135,29 @@ def test_run_is_the_oracles(whole, state):
     factors = {output: oracle.equalizing_factors(ranges[output]) for _, _, _, output in oracle.LAYERS[:-1]}
     expected = oracle.scales(recipe, {name: (ranges[name] * factors.get(name, 1)).max() for name in ranges})
     np.testing.assert_allclose([*scales.values()], [expected[name] for name in scales], rtol=1e-4)
+    for name, bn, source, output in oracle.LAYERS:
+        w, b = oracle.folded(weights, name, bn)
+        written = factors.get(output, np.ones(len(w)))
+        read = np.repeat(factors.get(source, np.ones(w.shape[1])), w.shape[1] // len(factors.get(source, w[0])))
+        w = w * written.reshape(-1, *[1] * (w.ndim - 1)) / read.reshape(-1, *[1] * (w.ndim - 2))
+        w8, _, w_scale = oracle.mended_weights(w, b * written, scales[source], recipe, name)
+        np.testing.assert_allclose(integers[name][2], w_scale, rtol=1e-4)
+        difference = np.abs(integers[name][0] - w8)
+        assert (difference.max() <= 1 and difference.mean() < 1e-3) if not bn else difference.mean() < 0.5  # GPTQ's
+
+    outputs = [row[3] for row in oracle.LAYERS]
+    layers = {"layer": LAYERS, "weight shape": ["x".join(map(str, integers[name][0].shape)) for name in LAYERS],
+              "output range": [oracle.limits(recipe, output)[1] / scales[output] for output in outputs],
+              "scale in": [scales[row[2]] for row in oracle.LAYERS],
+              "scale out": [scales[output] for output in outputs[:-1]] + ["FP32"],
+              "smallest weight scale": [integers[name][2].min() for name in LAYERS],
+              "largest weight scale": [integers[name][2].max() for name in LAYERS],
+              "bits of sum": [int(oracle.largest_totals(recipe, name, integers).max()).bit_length()
+                              for name in LAYERS]}
+    assert report["layers"] == {heading: [
+        cell if isinstance(cell, (str, int)) else pytest.approx(float(cell), rel=1e-6) for cell in column]
+        for heading, column in layers.items()}
+
     labels = np.array([0, 1] * 20)
     logits = [oracle.forward(weights, evaluated)["fc2"], oracle.int8_pass(recipe, evaluated, scales, integers)[2]]
     classes = [each.argmax(1) for each in logits]

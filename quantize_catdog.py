@@ -1212,10 +1212,7 @@ def quantize_network(folded, pixels, recipe):
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
 
 class Placeholder:
-    """Stands for every class of PICKLED_CLASSES. Its arguments do nothing."""
-
-    def __init__(self, *arguments):
-        pass
+    """Stands for every class of PICKLED_CLASSES. It has attributes, and no methods."""
 
 PICKLED_CLASSES = [f"{module}.{name}" for module in ("__main__", "quantize_catdog")
                    for name in ("CNN_Model", "Conv2d", "Linear", "MaxPool2d")]
@@ -1233,7 +1230,10 @@ def copy_zip(archive, compression):
     return file
 
 def read_checkpoint(file):
-    """(what torch saved in a checkpoint, how errors name it). file: a path or a file object."""
+    """({name: value} in a checkpoint, its recipe or None, how errors name it).
+
+    file: a path or a file object.
+    """
     name = "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
     try:
         with zipfile.ZipFile(file) as archive:
@@ -1250,7 +1250,9 @@ def read_checkpoint(file):
     inert = [(Placeholder, class_name) for class_name in PICKLED_CLASSES]
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):
-            return torch.load(checked, map_location="cpu", weights_only=True), name
+            saved = torch.load(checked, map_location="cpu", weights_only=True)
+        recipe = saved.get("recipe") if isinstance(saved, dict) else None
+        return weights_in(saved), recipe, name
     except Exception as error:      # damaged pickles raise nearly every type, too
         # torch's message names the class or function that it refused
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
@@ -1258,28 +1260,19 @@ def read_checkpoint(file):
         raise InputError(f"{name} cannot be loaded safely ({reason}): save the weights alone, "
                          "torch.save({'model': model.state_dict()}, 'weights.pth.tar')") from None
 
-def module_values(module):
-    """{name: tensor, or eps of a batch norm} of a Placeholder that stands for a module."""
-    attributes = vars(module)
-    values = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
-    if "eps" in attributes:
-        values["eps"] = attributes["eps"]
-    for name, child in attributes.get("_modules", {}).items():
-        if isinstance(child, Placeholder):
-            values |= {f"{name}.{key}": value for key, value in module_values(child).items()}
-    return values
-
 def weights_in(saved):
     """{name: value} of what people save: a state_dict or a module, alone or under a usual key."""
     for key in ("model", "state_dict", "model_state_dict", "net"):
         if isinstance(saved, dict) and key in saved:
             saved = saved[key]
-    values = module_values(saved) if isinstance(saved, Placeholder) else saved
-    if not isinstance(values, dict):
+    if isinstance(saved, Placeholder):      # a module: take its layers' tensors and attributes
+        saved = {f"{name}.{key}": value for name, layer in vars(saved).get("_modules", {}).items()
+                 for key, value in (vars(layer) | layer._parameters | layer._buffers).items()}
+    if not isinstance(saved, dict):
         return {}
     # DataParallel, torch.compile and Lightning put a prefix before every name
     return {re.sub(r"^((module|_orig_mod|model)\.)+", "", str(name)): value
-            for name, value in values.items()}
+            for name, value in saved.items()}
 
 def fill(model, values, name):
     """Load the tensors that a model needs; return it on `device()`, ready to run; or InputError."""
@@ -1301,11 +1294,10 @@ def fill(model, values, name):
 
 def load_checkpoint(file):
     """The CNN_Model of FP32 weights: {"model": state_dict}, or as `weights_in` finds them."""
-    saved, name = read_checkpoint(file)
-    if isinstance(saved, dict) and "recipe" in saved:
+    values, recipe, name = read_checkpoint(file)
+    if recipe is not None:
         raise InputError(f"{name} is the INT8 network of a run: set CHECKPOINT to FP32 weights, or "
                          "use INT8_Model.load in Python")
-    values = weights_in(saved)
     model = fill(CNN_Model(), values, name)
     for layer in LAYERS:
         if layer.is_conv:
@@ -1326,16 +1318,15 @@ def int8_checkpoint(int8_model):
 
 def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
-    saved, name = read_checkpoint(file)
-    recipe = saved.get("recipe") if isinstance(saved, dict) else None
+    values, recipe, name = read_checkpoint(file)
     if not isinstance(recipe, dict):
         raise InputError(f"{name} holds FP32 weights, or no recipe: give the "
                          "INT8_checkpoint.pth.tar of a run")
     try:
-        blank = INT8_Model(recipe)
+        int8_model = INT8_Model(recipe)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    int8_model = fill(blank, weights_in(saved), name)
+    int8_model = fill(int8_model, values, name)
     for layer in LAYERS:
         module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
         in_range = (module.weight.long().abs() < 2**(bit - 1)).all()

@@ -154,20 +154,16 @@ class InputError(Exception):
     """Bad input. A run prints its one line and ends with exit status 1."""
 
     def __str__(self):
-        return printable(super().__str__())
+        return printable(" ".join(super().__str__().split()))
 
     def _render_traceback_(self):       # what Jupyter shows beneath the cell
         return [f"InputError: {self}"]
 
-def one_line(error):
-    """The text of an error, without its line breaks."""
-    return " ".join(str(error).split())
-
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
-    near = [match for text in (name, name.upper(), name.lower())
-            for match in difflib.get_close_matches(text, known, 1)]
-    hint = f"did you mean {near[0]}?" if near else "LEGAL has no row for it (see --help)"
+    names = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), names, 1)
+    hint = f"did you mean {names[near[0]]}?" if near else "LEGAL has no row for it (see --help)"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -196,8 +192,9 @@ def read_constants(names=tuple(LEGAL)):
     return constants
 
 def set_constants(words, doc):
-    """Set constants from the words of a command line: presets, then NAME=value as Python literals.
+    """Set constants from the words of a command line: NAME=value, a Python literal, or a preset.
 
+    Presets are applied first, so that NAME=value changes them wherever it stands.
     --help prints `doc`, the docstring of the program, all constants and the presets, and exits.
     """
     if {"--help", "-h"} & set(words):
@@ -208,14 +205,10 @@ def set_constants(words, doc):
             changed = " ".join(f"{name}={value}" for name, value in changes.items())
             print(textwrap.fill(f"preset {preset}: {changed}", 80, subsequent_indent="    "))
         sys.exit()
-    for i, word in enumerate(words):
+    for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
         name, _, text = map(str.strip, word.partition("="))
-        if word in PRESETS and "=" in "".join(words[:i]):
-            raise InputError(f"{word}: a preset comes before the constants that change it")
         if word not in PRESETS and name not in LEGAL:
             raise unknown_name(name, [*PRESETS, *LEGAL])
-        if word in LEGAL:
-            raise InputError(f"{name}: give it a value, {name}={globals()[name]!r} for example")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -336,8 +329,7 @@ def decode(picture, size):
     except InputError:
         raise
     except Exception as error:      # decoders raise nearly every type on broken bytes
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"cannot be decoded: {reason}") from None
+        raise InputError(f"cannot be decoded: {type(error).__name__}: {error}") from None
 
 # %% [markdown]
 # A folder of pictures as a torch Dataset.
@@ -1008,7 +1000,7 @@ def choose_engine(int8_model, layer, x, expected):
     except (AttributeError, RuntimeError) as error:
         if INT8_ENGINE == "onednn":
             raise InputError(f'INT8_ENGINE = "onednn": there is no INT8 kernel for {layer.name} '
-                             f'here ({one_line(error)}); set it to "auto"') from None
+                             f'here ({error}); set it to "auto"') from None
         return row | {"why": "torch has no kernel for it here"}
     row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
     seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
@@ -1246,7 +1238,7 @@ def read_checkpoint(file):
                          "CHECKPOINT)") from None
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
-                         f"({one_line(error)}): save it anew") from None
+                         f"({error}): save it anew") from None
     inert = [(Placeholder, class_name) for class_name in PICKLED_CLASSES]
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):

@@ -826,17 +826,14 @@ class INT8_Model(nn.Module):
         module = self.get_submodule(layer.name)
         return (self.scale(layer.input) * module.w_scale).expand(len(module.bias))
 
-    def multiplier(self, layer):
-        """M = out_scale / (in_scale * w_scale), (out,). out_scale is 1 where logits stay FP32."""
-        out_scale = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
-        return (out_scale / self.sum_scale(layer)).contiguous()
-
     def int8_layer(self, layer, kernel=False):
-        """The INT8Layer that computes a Layer."""
-        module = self.get_submodule(layer.name)
-        outputs = None if self.is_fp32(layer.output) else self.integers[layer.output]
-        return INT8Layer(module.weight, module.bias, self.multiplier(layer),
-                         self.integers[layer.input], outputs, kernel)
+        """The INT8Layer that computes a Layer, with M = out_scale / (in_scale * w_scale)."""
+        module, inputs = self.get_submodule(layer.name), self.integers[layer.input]
+        out_scale, outputs = self.scale(layer.output), self.integers[layer.output]
+        if self.is_fp32(layer.output):
+            out_scale, outputs = 1, None
+        multiplier = (out_scale / self.sum_scale(layer)).contiguous()
+        return INT8Layer(module.weight, module.bias, multiplier, inputs, outputs, kernel)
 
     def next_input(self, layer, outputs):
         """What the next layer reads of a layer's outputs, as in `forward`: pooled, then flat."""
@@ -1323,9 +1320,9 @@ def load_int8_checkpoint(file):
         module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
         in_range = (module.weight.long().abs() < 2**(bit - 1)).all()
         in_range &= (module.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
-        multiplier = int8_model.multiplier(layer)
-        outputs = int8_model.int8_layer(layer).largest_sum * multiplier
-        if not (in_range and outputs.isfinite().all() and (multiplier > 0).all()):
+        int8_layer = int8_model.int8_layer(layer)
+        outputs = int8_layer.largest_sum * int8_layer.multiplier
+        if not (in_range and outputs.isfinite().all() and (int8_layer.multiplier > 0).all()):
             raise InputError(f"{name}: {layer.name} has an integer or a scale that its recipe does "
                              "not allow; quantize again")
     return int8_model

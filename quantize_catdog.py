@@ -1569,23 +1569,19 @@ def add_run(path, row):
     """Append a row to the table of runs, and return its readable rows, the new one last.
 
     One write appends it, so that two runs at once lose no row. A table with other columns is
-    renamed, not destroyed. Raises InputError where the file cannot be written.
+    renamed, not destroyed.
     """
-    header, text = csv_line(row), ""
-    try:
-        if path.exists():
-            text = path.read_text("utf-8", errors="replace")
-        if text and not text.startswith(header):
-            aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-            path.rename(aside)
-            print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
-            text = ""
-        # an editor may have left the last line without its end
-        before = header if not text else "" if text.endswith("\n") else "\n"
-        with open(path, "ab") as file:
-            file.write((before + csv_line(row.values())).encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}; set OUTPUT_DIR") from None
+    header = csv_line(row)
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    if text and not text.startswith(header):
+        aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        path.rename(aside)
+        print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
+        text = ""
+    # an editor may have left the last line without its end
+    before = header if not text else "" if text.endswith("\n") else "\n"
+    with open(path, "ab") as file:
+        file.write((before + csv_line(row.values())).encode())
     rows, unreadable = [], 0
     for line in text.splitlines():
         if not line or f"{line}\n" == header:       # two first runs at once write two headers

@@ -1529,10 +1529,8 @@ def print_summary(report):
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
           "were left out; see report.json")
     for flip in report["flips"][:LISTED]:
-        fp32, int8 = [" ".join(f"{each} {logit:.3f}" for each, logit in zip(CLASSES, flip[key]))
-                      for key in ("fp32_logits", "int8_logits")]
-        print(f"  {shorten(flip['file'], 50)} ({flip['label']}), {flip['effect']}\n"
-              f"    FP32 {fp32}, margin {flip['fp32_margin']:.3f}; {name} {int8}")
+        print(f"  {shorten(flip['file'], 34)} ({flip['label']}), {flip['effect']}, "
+              f"FP32's margin {flip['fp32_margin']:.3f}")
     for row in report["skipped"][:LISTED]:
         print(f"  {shorten(row['file'], 78)}\n"
               f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")

@@ -221,7 +221,7 @@ def test_same_bits_in_every_state_of_torch(usual_answers, kind):
 # a program of one's own
 
 def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, monkeypatch):
-    """For that input alone; it is asked for or not."""
+    """For that input alone."""
     place, expected = usual_answers
     model, files = script.INT8_Model.load(io.BytesIO(expected[0])), [place.val / "cat.0.jpg", place.val / "dog.1.jpg"]
     model.prepare([layer.name for layer in script.LAYERS])
@@ -233,9 +233,6 @@ def test_a_kernel_that_raises_at_a_real_shape_counts_as_missing(usual_answers, m
         return run_kernel(layer, x)
     monkeypatch.setattr(script.INT8Layer, "run_kernel", raising)
     assert model.predict(files) == expected[3] and model.predict(files[0]) == expected[3][0]
-    monkeypatch.setattr(script, "INT8_ENGINE", "onednn")
-    with pytest.raises(RuntimeError, match="primitive"):
-        model.predict(files)
 
 
 def test_limit_of_pixels_holds_wherever_decode_is_called(tmp_path):

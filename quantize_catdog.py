@@ -50,6 +50,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 if __name__ == "__main__":      # libraries read these when they are imported
@@ -1182,13 +1183,11 @@ def quantize_network(folded, pixels, recipe):
 # %% [markdown]
 # ## Checkpoints
 # Nothing in a checkpoint is executed: torch's safe loader builds tensors and plain values. In the
-# notebook's own format, a pickled module, an inert class stands for each class that the file names.
+# notebook's own format, a pickled module, a `SimpleNamespace` with the same attributes stands for
+# each object.
 
 # %%
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
-
-class Placeholder:
-    """Stands for every class of PICKLED_CLASSES. It has attributes, and no methods."""
 
 PICKLED_CLASSES = [f"{module}.{name}" for module in ("__main__", "quantize_catdog")
                    for name in ("CNN_Model", "Conv2d", "Linear", "MaxPool2d")]
@@ -1223,7 +1222,7 @@ def read_checkpoint(file):
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
                          f"({error}): save it anew") from None
-    inert = [(Placeholder, class_name) for class_name in PICKLED_CLASSES]
+    inert = [(SimpleNamespace, class_name) for class_name in PICKLED_CLASSES]
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):
             saved = torch.load(checked, map_location="cpu", weights_only=True)
@@ -1241,7 +1240,7 @@ def weights_in(saved):
     for key in ("model", "state_dict", "model_state_dict", "net"):
         if isinstance(saved, dict) and key in saved:
             saved = saved[key]
-    if isinstance(saved, Placeholder):      # a module: take its layers' tensors and attributes
+    if isinstance(saved, SimpleNamespace):      # a module: take its layers' tensors and attributes
         saved = {f"{name}.{key}": value for name, layer in vars(saved).get("_modules", {}).items()
                  for key, value in (vars(layer) | layer._parameters | layer._buffers).items()}
     if not isinstance(saved, dict):

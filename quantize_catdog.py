@@ -975,14 +975,13 @@ def kernel_overflows(int8_model, layer):
     return bool((bare.reference(x) != bare.run_kernel(x)).any())
 
 def choose_engine(int8_model, layer, x, expected):
-    """The engine of a Layer: {"layer", "engine", "why", "compared", "different"}.
+    """The engine of a Layer, and why: a dict; "compared" and "different" are counts of outputs.
 
     x: the integers that the layer reads; expected: the reference's outputs. "auto" chooses the
-    kernel if it cannot overflow, gives the same outputs, and is faster. compared, different: counts
-    of outputs.
+    kernel if it cannot overflow, gives the same outputs, and is faster.
     """
-    row = {"layer": layer.name, "engine": "reference", "why": "INT8_ENGINE asks for it",
-           "compared": 0, "different": 0}
+    row = {"layer": layer.name, "compared": 0, "different": 0, "engine": "reference",
+           "why": "INT8_ENGINE asks for it"}
     if INT8_ENGINE == "reference":
         return row
     try:
@@ -1702,18 +1701,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Verify
 # A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on these
-# pictures and is faster. Then both networks are timed, alternately.
+# pictures and is faster: the table says how many outputs were compared, and how many differ. Then
+# both networks are timed, alternately.
 
 # %%
 if __name__ == "__main__":
     constants |= read_constants(["INT8_ENGINE"])
     engines = choose_engines(int8_model, pixels)
-    for engine, why in dict.fromkeys((row["engine"], row["why"]) for row in engines):
-        of_kind = [row for row in engines if (row["engine"], row["why"]) == (engine, why)]
-        names = ", ".join(row["layer"] for row in of_kind)
-        print(textwrap.fill(f"{engine} for {names}: {why}", 80, subsequent_indent="  "))
-        print(f"  {sum(row['compared'] for row in of_kind):,} values of {len(pixels)} pictures "
-              f"compared, {sum(row['different'] for row in of_kind):,} differ")
+    print_columns({heading: [row[heading] for row in engines] for heading in engines[0]})
     batch = pixels[:BATCH_SIZE]
     seconds = time_in_turns({"fp32": folded, "int8": int8_model}, batch, TIMED_ROUNDS)
     ms = {name: 1000 * min(times) / len(batch) for name, times in seconds.items()}

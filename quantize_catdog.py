@@ -341,8 +341,7 @@ class CatDogDataset(Dataset):
 
     Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
     few hold both classes if the names are numbered. What cannot be decoded is left out of its
-    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given. Raises InputError
-    where nothing is usable.
+    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given.
     """
 
     def __init__(self, folder, size=None):
@@ -415,8 +414,7 @@ class CatDogDataset(Dataset):
     def collate_fn(self, items):
         """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
         width, height = self.size
-        pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8,
-                             memory_format=torch.channels_last)
+        pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (picture, _) in zip(pixels, items):
             row.copy_(picture)
         return pixels, torch.tensor([label for _, label in items]).long()
@@ -545,7 +543,8 @@ def layer_bit(recipe, layer):
 # connected layer's output (the last one, the logits, only with QUANTIZE_LOGITS). An observer
 # remembers the largest magnitude in each channel of an activation; the largest of these is its
 # range, from which its scale is calculated. Names are the notebook's: `cnn1` is a convolution,
-# `cv1` the output of its ReLU, and `fc1` both a layer and its output.
+# `cv1` the output of its ReLU, and `fc1` both a layer and its output. Three of torch's layers are
+# changed a little.
 
 # %%
 class Layer(NamedTuple):
@@ -574,10 +573,6 @@ ACTIVATIONS = ["input", *[layer.output for layer in LAYERS]]
 LOGITS = ACTIVATIONS[-1]
 FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
-# %% [markdown]
-# Three of torch's layers with small changes.
-
-# %%
 def without_autocast(function):
     """The function with torch.autocast (16-bit arithmetic) switched off inside it."""
     for kind in ("cpu", "cuda"):
@@ -691,11 +686,7 @@ class CNN_Model(nn.Module):
 
     @torch.no_grad()
     def cl_scale(self, recipe):
-        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model.
-
-        This model, which must come from `fused`, stays as it is. Raises InputError for an illegal
-        recipe, and where a range overflows FP32.
-        """
+        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model."""
         if isinstance(self.bn1, nn.BatchNorm2d):
             raise InputError("fold the batch norms first: model.fused()")
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
@@ -741,7 +732,7 @@ class INT8_Model(nn.Module):
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
     value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
     output channel). `CNN_Model.cl_scale` or a checkpoint fills them in. After a change of any of
-    them call `prepare` again. Raises InputError for an illegal recipe.
+    them call `prepare` again.
     """
 
     def __init__(self, recipe):
@@ -1168,7 +1159,6 @@ def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
 
     The first is `folded`, or an equalized copy. pixels: calibration pictures, uint8 (n, 3, h, w).
-    Raises InputError as `cl_scale` does.
     """
     if set(folded.ranges) != set(ACTIVATIONS):
         raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")
@@ -1294,8 +1284,7 @@ def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
     values, recipe, name = read_checkpoint(file)
     if not isinstance(recipe, dict):
-        raise InputError(f"{name} holds FP32 weights, or no recipe: give the "
-                         "INT8_checkpoint.pth.tar of a run")
+        raise InputError(f"{name} is no INT8 network: give the INT8_checkpoint.pth.tar of a run")
     try:
         int8_model = INT8_Model(recipe)
     except InputError as error:
@@ -1308,8 +1297,7 @@ def load_int8_checkpoint(file):
         int8_layer = int8_model.int8_layer(layer)
         outputs = int8_layer.largest_sum * int8_layer.multiplier
         if not (in_range and outputs.isfinite().all() and (int8_layer.multiplier > 0).all()):
-            raise InputError(f"{name}: {layer.name} has an integer or a scale that its recipe does "
-                             "not allow; quantize again")
+            raise InputError(f"{name}: {layer.name} is not as its recipe says: quantize again")
     return int8_model
 
 def write_files(folder, contents):

@@ -970,8 +970,8 @@ def test_calibrating_again_forgets_the_pictures_before(state):
 def test_file_without_a_model(tmp_path, saved, load):
     """Nor are FP32 weights an INT8 network."""
     torch.save(saved, tmp_path / "c.pth.tar")
-    refused(tmp_path / "c.pth.tar", "it holds " if load is script.load_checkpoint else "no recipe", load=load)
-    refused(ROOT / "BEST_checkpoint.pth.tar", "holds FP32 weights", "INT8_checkpoint.pth.tar",
+    refused(tmp_path / "c.pth.tar", "it holds " if load is script.load_checkpoint else "no INT8 network", load=load)
+    refused(ROOT / "BEST_checkpoint.pth.tar", "no INT8 network", "INT8_checkpoint.pth.tar",
             load=script.INT8_Model.load)
 
 
@@ -1103,13 +1103,13 @@ def change_recipe(**changes):
     (change_tensor("cnn1.bias", torch.zeros(16, dtype=torch.int64)), ["cnn1.bias", "int64", "int32"]),
     (change_tensor("fc2.weight", torch.zeros(2, 5, dtype=torch.int8)), ["fc2.weight", "(2, 512)"]),
     (change_tensor("cnn1.w_scale", torch.ones(3)), ["cnn1.w_scale", "(3,)"]),
-    (lambda saved: saved["model"]["cnn1.weight"].fill_(-128), ["cnn1 ", "does not allow"]),
-    (change_scale("scale_cv1", 0), ["cnn1 ", "does not allow"]),
-    (change_scale("fc1.w_scale", -1), ["fc1 ", "does not allow"]),
+    (lambda saved: saved["model"]["cnn1.weight"].fill_(-128), ["cnn1 ", "not as its recipe says"]),
+    (change_scale("scale_cv1", 0), ["cnn1 ", "not as its recipe says"]),
+    (change_scale("fc1.w_scale", -1), ["fc1 ", "not as its recipe says"]),
     (change_scale("scale_input", math.nan), ["scale_input", "NaN"]),
-    (change_scale("scale_fc1", 1e-45), ["fc1 ", "does not allow"]),
-    (change_scale("scale_fc1", 1e-38), ["fc", "does not allow"]),
-    (change_scale("cnn2.w_scale", 1e-38), ["cnn2 ", "does not allow"]),
+    (change_scale("scale_fc1", 1e-45), ["fc1 ", "not as its recipe says"]),
+    (change_scale("scale_fc1", 1e-38), ["fc", "not as its recipe says"]),
+    (change_scale("cnn2.w_scale", 1e-38), ["cnn2 ", "not as its recipe says"]),
     (lambda saved: saved["recipe"].pop("BIT"), ["BIT is missing", "2 to 8"]),
     (lambda saved: saved["recipe"].pop("PER_CHANNEL"), ["PER_CHANNEL is missing", "True or False"]),
     (change_recipe(BITS=8), ["BITS", "did you mean BIT?"]),
@@ -1120,8 +1120,8 @@ def change_recipe(**changes):
     *[(change_recipe(IMAGE_SIZE=size), ["IMAGE_SIZE", "212 to 227"]) for size in ((9000, 224), (224,), "224")],
     (change_recipe(PER_CHANNEL="yes"), ["PER_CHANNEL", "True or False"]),
     (change_recipe(HEADROOM=math.inf), ["HEADROOM", "1 to 16"]),
-    (lambda saved: saved.update(recipe=[8]), ["no recipe", "INT8_checkpoint.pth.tar of a run"]),
-    (lambda saved: saved.pop("recipe"), ["no recipe", "INT8_checkpoint.pth.tar of a run"]),
+    (lambda saved: saved.update(recipe=[8]), ["no INT8 network", "INT8_checkpoint.pth.tar of a run"]),
+    (lambda saved: saved.pop("recipe"), ["no INT8 network", "INT8_checkpoint.pth.tar of a run"]),
     (lambda saved: saved.pop("model"), ["scale_input is missing; it holds recipe"]),
 ])
 def test_wrong_int8_checkpoint(saved, tmp_path, change, words):
@@ -1143,7 +1143,7 @@ def test_int8_checkpoint_with_integers_wider_than_its_recipe(tmp_path, state, re
         path.write_bytes(script.int8_checkpoint(int8))
         if integer < 2**(width - 1):
             assert script.INT8_Model.load(path).state_dict()[name].flatten()[-1] == integer
-    refused(path, f"{name.split('.')[0]} has an integer", "does not allow", load=script.INT8_Model.load)
+    refused(path, f"{name.split('.')[0]} is not as its recipe says", load=script.INT8_Model.load)
 
 
 # as a module

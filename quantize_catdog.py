@@ -86,7 +86,7 @@ INT8_ENGINE = "auto"                    # "reference", or "auto": INT8 kernels w
 # the recipe: what decides the integers ("A, or B": A if True, B if False)
 IMAGE_SIZE = (224, 224)                 # width and height; fc1 needs 11 x 11 feature maps
 BIT = 8                                 # bits of an activation
-WEIGHT_BIT = 8                          # bits of a weight
+WEIGHT_BIT = 8                          # bits of a weight; fewer shrink the file, not the time
 LAYER_BITS = {}                         # weight bits of single layers, such as {"fc1": 4}
 PER_CHANNEL = True                      # one weight scale per output channel, or one per layer
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
@@ -1494,8 +1494,6 @@ def print_summary(report):
           f"{name} {report['speedup']:.1f} times as fast")
     if report["busy"]:
         print("The machine was busy with other programs: do not trust the times.")
-    if any(layer_bit(report["recipe"], layer) < 8 for layer in LAYERS):
-        print("Fewer weight bits shrink the file; they do not speed it up.")
     if sqnr is not None and sqnr < LOW_SQNR:
         print("The SQNR is low: python tools/explain.py shows where the error arises.")
     if test["corrected"] or test["broken"]:

@@ -437,9 +437,8 @@ def test_fewer_bits_of_weights(place, usual, changes, name, layers, size):
     report, out = place.report(BATCH_SIZE=4, **changes)
     assert not re.search("INT8(?!_ENGINE|_checkpoint)", out)        # in the names of a constant and of the file alone
     for line in (rf"{name} Top1: [\d.]+, 6 of 6 pictures of cat_dog/val", rf" *{name} +[\d.]+ %.*",
-                 rf"same class .* {name} [\d.]+ times as fast", "Fewer weight bits shrink the file.*"):
+                 rf"same class .* {name} [\d.]+ times as fast"):
         assert re.search(rf"(?m)^{line}$", out), line
-    assert "Fewer weight bits" not in usual[2]
     tensors = torch.load(place.results / "INT8_checkpoint.pth.tar", weights_only=True)["model"]
     assert {layer: int(tensors[f"{layer}.weight"].abs().max()) for layer in LAYERS} == layers
     assert report["int8"]["file_bytes"] < size * usual[1]["int8"]["file_bytes"]

@@ -740,7 +740,7 @@ class INT8_Model(nn.Module):
         positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
         self.integers = dict.fromkeys(ACTIVATIONS, positive)        # {activation: IntRange}
         self.maxpool = MaxPool2d(kernel_size=2)
-        self.run = None         # {layer's name: its INT8Layer}, see `prepare`
+        self.run = {}           # {layer's name: its INT8Layer}, see `prepare`
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
@@ -762,19 +762,17 @@ class INT8_Model(nn.Module):
 
     @property
     def kernels(self):
-        """The names of the layers that use a kernel; None if nothing is prepared."""
-        if self.run is None:
-            return None
+        """The names of the layers that are prepared with a kernel."""
         return [name for name, int8_layer in self.run.items() if int8_layer.kernel is not None]
 
     def __getstate__(self):
         """A copy or a pickle is prepared anew: it may be used on a CPU with other kernels."""
-        return {**super().__getstate__(), "run": None}
+        return {**super().__getstate__(), "run": {}}
 
     def forward(self, x, observe=no_observer):
         """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""
         x = observe("input", self.quantize_pixels(x))                       # (N, 3, 224, 224)
-        if self.run is None:
+        if not self.run:
             choose_engines(self)
         run = self.run
         x = self.maxpool(observe("cv1", run["cnn1"](x)))                    # (N, 16, 110, 110)
@@ -1150,7 +1148,7 @@ def refine(int8_model, fp32_model, pixels):
     for layer in LAYERS:
         expected = [activations[layer.output] for activations in fp32]
         inputs = refine_layer(int8_model, fp32_model, layer, inputs, expected)
-    int8_model.run = None       # what was prepared is out of date
+    int8_model.run = {}         # what was prepared is out of date
 
 def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).

@@ -352,10 +352,8 @@ class CatDogDataset(Dataset):
         for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
             folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
             found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
-        def numbers_first(file):
-            return [int(number) for number in re.findall("[0-9]+", file)], file
-
-        for file in sorted(found, key=numbers_first):
+        found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))
+        for file in found:
             try:
                 self.labels.append(label_of(file))
                 self.files.append(file)

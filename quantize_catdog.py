@@ -50,6 +50,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 if __name__ == "__main__":      # libraries read these when they are imported
@@ -81,11 +82,11 @@ OUTPUT_DIR = "results"                  # folder for the INT8 network, report.js
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
 DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
-INT8_ENGINE = "auto"                    # "onednn", "reference", "auto": the faster, if both agree
+INT8_ENGINE = "auto"                    # "reference", or "auto": INT8 kernels where they are exact
 # the recipe: what decides the integers ("A, or B": A if True, B if False)
 IMAGE_SIZE = (224, 224)                 # width and height; fc1 needs 11 x 11 feature maps
 BIT = 8                                 # bits of an activation
-WEIGHT_BIT = 8                          # bits of a weight
+WEIGHT_BIT = 8                          # bits of a weight; fewer shrink the file, not the time
 LAYER_BITS = {}                         # weight bits of single layers, such as {"fc1": 4}
 PER_CHANNEL = True                      # one weight scale per output channel, or one per layer
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
@@ -139,11 +140,12 @@ LEGAL = {
     "DATA_DIR": PATH, "CALIBRATION_SPLIT": PATH, "EVALUATION_SPLIT": PATH, "CHECKPOINT": PATH,
     "OUTPUT_DIR": PATH, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
     "DEVICE": one_of("auto", "cpu", "cuda"),
-    "INT8_ENGINE": one_of("auto", "onednn", "reference")} | LEGAL_RECIPE
+    "INT8_ENGINE": one_of("auto", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read. Bad input of any kind raises an `InputError`: one line that says what,
-# where and what to do.
+# How constants are read; then paths, the device, and the settings that a run changes in its
+# process. Bad input of any kind raises an `InputError`: one line that says what, where and what to
+# do.
 
 # %%
 def printable(text):
@@ -154,20 +156,16 @@ class InputError(Exception):
     """Bad input. A run prints its one line and ends with exit status 1."""
 
     def __str__(self):
-        return printable(super().__str__())
+        return printable(" ".join(super().__str__().split()))
 
     def _render_traceback_(self):       # what Jupyter shows beneath the cell
         return [f"InputError: {self}"]
 
-def one_line(error):
-    """The text of an error, without its line breaks."""
-    return " ".join(str(error).split())
-
 def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
-    near = [match for text in (name, name.upper(), name.lower())
-            for match in difflib.get_close_matches(text, known, 1)]
-    hint = f"did you mean {near[0]}?" if near else "LEGAL has no row for it (see --help)"
+    names = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), names, 1)
+    hint = f"did you mean {names[near[0]]}?" if near else "LEGAL has no row for it (see --help)"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -196,8 +194,9 @@ def read_constants(names=tuple(LEGAL)):
     return constants
 
 def set_constants(words, doc):
-    """Set constants from the words of a command line: presets, then NAME=value as Python literals.
+    """Set constants from the words of a command line: NAME=value, a Python literal, or a preset.
 
+    Presets are applied first, so that NAME=value changes them wherever it stands.
     --help prints `doc`, the docstring of the program, all constants and the presets, and exits.
     """
     if {"--help", "-h"} & set(words):
@@ -208,14 +207,10 @@ def set_constants(words, doc):
             changed = " ".join(f"{name}={value}" for name, value in changes.items())
             print(textwrap.fill(f"preset {preset}: {changed}", 80, subsequent_indent="    "))
         sys.exit()
-    for i, word in enumerate(words):
+    for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
         name, _, text = map(str.strip, word.partition("="))
-        if word in PRESETS and "=" in "".join(words[:i]):
-            raise InputError(f"{word}: a preset comes before the constants that change it")
         if word not in PRESETS and name not in LEGAL:
             raise unknown_name(name, [*PRESETS, *LEGAL])
-        if word in LEGAL:
-            raise InputError(f"{name}: give it a value, {name}={globals()[name]!r} for example")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -224,10 +219,6 @@ def set_constants(words, doc):
             value = text        # a folder may be called 2024
         globals().update(PRESETS.get(word, {name: value}))
 
-# %% [markdown]
-# Paths, the device, and the settings that a run changes in its process.
-
-# %%
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
 
 def resolve_path(*names):
@@ -336,8 +327,7 @@ def decode(picture, size):
     except InputError:
         raise
     except Exception as error:      # decoders raise nearly every type on broken bytes
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"cannot be decoded: {reason}") from None
+        raise InputError(f"cannot be decoded: {type(error).__name__}: {error}") from None
 
 # %% [markdown]
 # A folder of pictures as a torch Dataset.
@@ -348,8 +338,7 @@ class CatDogDataset(Dataset):
 
     Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
     few hold both classes if the names are numbered. What cannot be decoded is left out of its
-    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given. Raises InputError
-    where nothing is usable.
+    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given.
     """
 
     def __init__(self, folder, size=None):
@@ -363,10 +352,8 @@ class CatDogDataset(Dataset):
         for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
             folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
             found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
-        def numbers_first(file):
-            return [int(number) for number in re.findall("[0-9]+", file)], file
-
-        for file in sorted(found, key=numbers_first):
+        found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))
+        for file in found:
             try:
                 self.labels.append(label_of(file))
                 self.files.append(file)
@@ -422,8 +409,7 @@ class CatDogDataset(Dataset):
     def collate_fn(self, items):
         """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
         width, height = self.size
-        pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8,
-                             memory_format=torch.channels_last)
+        pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (picture, _) in zip(pixels, items):
             row.copy_(picture)
         return pixels, torch.tensor([label for _, label in items]).long()
@@ -552,7 +538,8 @@ def layer_bit(recipe, layer):
 # connected layer's output (the last one, the logits, only with QUANTIZE_LOGITS). An observer
 # remembers the largest magnitude in each channel of an activation; the largest of these is its
 # range, from which its scale is calculated. Names are the notebook's: `cnn1` is a convolution,
-# `cv1` the output of its ReLU, and `fc1` both a layer and its output.
+# `cv1` the output of its ReLU, and `fc1` both a layer and its output. Three of torch's layers are
+# changed a little.
 
 # %%
 class Layer(NamedTuple):
@@ -581,10 +568,6 @@ ACTIVATIONS = ["input", *[layer.output for layer in LAYERS]]
 LOGITS = ACTIVATIONS[-1]
 FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
-# %% [markdown]
-# Three of torch's layers with small changes.
-
-# %%
 def without_autocast(function):
     """The function with torch.autocast (16-bit arithmetic) switched off inside it."""
     for kind in ("cpu", "cuda"):
@@ -650,20 +633,14 @@ class CNN_Model(nn.Module):
         super().__init__()
         self.cnn1 = Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
         self.bn1 = nn.BatchNorm2d(16)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.maxpool1 = MaxPool2d(kernel_size=2)
         self.cnn2 = Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
         self.bn2 = nn.BatchNorm2d(32)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.maxpool2 = MaxPool2d(kernel_size=2)
         self.cnn3 = Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
         self.bn3 = nn.BatchNorm2d(16)
-        self.relu3 = nn.ReLU(inplace=True)
-        self.maxpool3 = MaxPool2d(kernel_size=2)
         self.cnn4 = Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
         self.bn4 = nn.BatchNorm2d(8)
-        self.relu4 = nn.ReLU(inplace=True)
-        self.maxpool4 = MaxPool2d(kernel_size=2)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = MaxPool2d(kernel_size=2)
         self.fc1 = Linear(8 * 11 * 11, 512)
         self.fc2 = Linear(512, len(CLASSES))
         self.float()        # whatever torch's default dtype is
@@ -672,10 +649,10 @@ class CNN_Model(nn.Module):
     @without_autocast
     def forward(self, x, observe=no_observer):
         x = observe("input", x.float())                                         # (N, 3, 224, 224)
-        x = self.maxpool1(observe("cv1", self.relu1(self.bn1(self.cnn1(x)))))   # (N, 16, 110, 110)
-        x = self.maxpool2(observe("cv2", self.relu2(self.bn2(self.cnn2(x)))))   # (N, 32, 53, 53)
-        x = self.maxpool3(observe("cv3", self.relu3(self.bn3(self.cnn3(x)))))   # (N, 16, 25, 25)
-        x = self.maxpool4(observe("cv4", self.relu4(self.bn4(self.cnn4(x)))))   # (N, 8, 11, 11)
+        x = self.maxpool(observe("cv1", self.relu(self.bn1(self.cnn1(x)))))     # (N, 16, 110, 110)
+        x = self.maxpool(observe("cv2", self.relu(self.bn2(self.cnn2(x)))))     # (N, 32, 53, 53)
+        x = self.maxpool(observe("cv3", self.relu(self.bn3(self.cnn3(x)))))     # (N, 16, 25, 25)
+        x = self.maxpool(observe("cv4", self.relu(self.bn4(self.cnn4(x)))))     # (N, 8, 11, 11)
         x = observe("fc1", self.fc1(x.flatten(1)))                              # (N, 512), no ReLU
         return observe("fc2", self.fc2(x))                                      # (N, 2)
 
@@ -704,11 +681,7 @@ class CNN_Model(nn.Module):
 
     @torch.no_grad()
     def cl_scale(self, recipe):
-        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model.
-
-        This model, which must come from `fused`, stays as it is. Raises InputError for an illegal
-        recipe, and where a range overflows FP32.
-        """
+        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model."""
         if isinstance(self.bn1, nn.BatchNorm2d):
             raise InputError("fold the batch norms first: model.fused()")
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
@@ -754,7 +727,7 @@ class INT8_Model(nn.Module):
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
     value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
     output channel). `CNN_Model.cl_scale` or a checkpoint fills them in. After a change of any of
-    them call `prepare` again. Raises InputError for an illegal recipe.
+    them call `prepare` again.
     """
 
     def __init__(self, recipe):
@@ -765,7 +738,7 @@ class INT8_Model(nn.Module):
         positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
         self.integers = dict.fromkeys(ACTIVATIONS, positive)        # {activation: IntRange}
         self.maxpool = MaxPool2d(kernel_size=2)
-        self.run = None         # {layer's name: its INT8Layer}, see `prepare`
+        self.run = {}           # {layer's name: its INT8Layer}, see `prepare`
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
@@ -787,19 +760,17 @@ class INT8_Model(nn.Module):
 
     @property
     def kernels(self):
-        """The names of the layers that use a kernel; None if nothing is prepared."""
-        if self.run is None:
-            return None
+        """The names of the layers that are prepared with a kernel."""
         return [name for name, int8_layer in self.run.items() if int8_layer.kernel is not None]
 
     def __getstate__(self):
         """A copy or a pickle is prepared anew: it may be used on a CPU with other kernels."""
-        return {**super().__getstate__(), "run": None}
+        return {**super().__getstate__(), "run": {}}
 
     def forward(self, x, observe=no_observer):
         """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""
         x = observe("input", self.quantize_pixels(x))                       # (N, 3, 224, 224)
-        if self.run is None:
+        if not self.run:
             choose_engines(self)
         run = self.run
         x = self.maxpool(observe("cv1", run["cnn1"](x)))                    # (N, 16, 110, 110)
@@ -834,17 +805,14 @@ class INT8_Model(nn.Module):
         module = self.get_submodule(layer.name)
         return (self.scale(layer.input) * module.w_scale).expand(len(module.bias))
 
-    def multiplier(self, layer):
-        """M = out_scale / (in_scale * w_scale), (out,). out_scale is 1 where logits stay FP32."""
-        out_scale = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
-        return (out_scale / self.sum_scale(layer)).contiguous()
-
     def int8_layer(self, layer, kernel=False):
-        """The INT8Layer that computes a Layer."""
-        module = self.get_submodule(layer.name)
-        outputs = None if self.is_fp32(layer.output) else self.integers[layer.output]
-        return INT8Layer(module.weight, module.bias, self.multiplier(layer),
-                         self.integers[layer.input], outputs, kernel)
+        """The INT8Layer that computes a Layer, with M = out_scale / (in_scale * w_scale)."""
+        module, inputs = self.get_submodule(layer.name), self.integers[layer.input]
+        out_scale, outputs = self.scale(layer.output), self.integers[layer.output]
+        if self.is_fp32(layer.output):
+            out_scale, outputs = 1, None
+        multiplier = (out_scale / self.sum_scale(layer)).contiguous()
+        return INT8Layer(module.weight, module.bias, multiplier, inputs, outputs, kernel)
 
     def next_input(self, layer, outputs):
         """What the next layer reads of a layer's outputs, as in `forward`: pooled, then flat."""
@@ -909,8 +877,6 @@ class INT8Layer:
         try:
             return self.run_kernel(x)
         except RuntimeError:        # torch has no kernel for an input of this shape
-            if INT8_ENGINE == "onednn":
-                raise
             return self.reference(x)
 
     def reference(self, x):
@@ -993,38 +959,32 @@ def kernel_overflows(int8_model, layer):
     return bool((bare.reference(x) != bare.run_kernel(x)).any())
 
 def choose_engine(int8_model, layer, x, expected):
-    """The engine of a Layer: {"layer", "engine", "why", "compared", "different"}.
+    """The engine of a Layer, and why: a dict; "compared" and "different" are counts of outputs.
 
     x: the integers that the layer reads; expected: the reference's outputs. "auto" chooses the
-    kernel if it cannot overflow, gives the same outputs, and is faster. compared, different: counts
-    of outputs.
+    kernel if it cannot overflow, gives the same outputs, and is faster.
     """
-    row = {"layer": layer.name, "engine": "reference", "compared": 0, "different": 0}
+    row = {"layer": layer.name, "compared": 0, "different": 0, "engine": "reference",
+           "why": "INT8_ENGINE asks for it"}
     if INT8_ENGINE == "reference":
-        return row | {"why": "INT8_ENGINE asks for it"}
+        return row
     try:
         int8_layer = int8_model.int8_layer(layer, kernel=True)
         found, overflows = int8_layer.run_kernel(x), kernel_overflows(int8_model, layer)
-    except (AttributeError, RuntimeError) as error:
-        if INT8_ENGINE == "onednn":
-            raise InputError(f'INT8_ENGINE = "onednn": there is no INT8 kernel for {layer.name} '
-                             f'here ({one_line(error)}); set it to "auto"') from None
+    except (AttributeError, RuntimeError):
         return row | {"why": "torch has no kernel for it here"}
     row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
     seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
                             x[:BATCH_SIZE], rounds=5)
-    engine = "reference"
     if overflows:
-        why = "the kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
+        row["why"] = "the kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
     elif row["different"]:
-        why = "the kernel gives other integers here"
+        row["why"] = "the kernel gives other integers here"
     elif min(seconds["kernel"]) > min(seconds["reference"]):
-        why = "exact, and faster here than the kernel"
+        row["why"] = "exact, and faster here than the kernel"
     else:
-        engine, why = "onednn", "exact, and faster here than the reference"
-    if INT8_ENGINE == "onednn" and engine == "reference":
-        engine, why = "onednn", f'INT8_ENGINE forces it (with "auto", the reference: {why})'
-    return row | {"engine": engine, "why": why}
+        row |= {"engine": "onednn", "why": "exact, and faster here than the reference"}
+    return row
 
 @torch.inference_mode()
 def choose_engines(int8_model, pixels=None):
@@ -1186,13 +1146,12 @@ def refine(int8_model, fp32_model, pixels):
     for layer in LAYERS:
         expected = [activations[layer.output] for activations in fp32]
         inputs = refine_layer(int8_model, fp32_model, layer, inputs, expected)
-    int8_model.run = None       # what was prepared is out of date
+    int8_model.run = {}         # what was prepared is out of date
 
 def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
 
     The first is `folded`, or an equalized copy. pixels: calibration pictures, uint8 (n, 3, h, w).
-    Raises InputError as `cl_scale` does.
     """
     if set(folded.ranges) != set(ACTIVATIONS):
         raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")
@@ -1206,16 +1165,11 @@ def quantize_network(folded, pixels, recipe):
 # %% [markdown]
 # ## Checkpoints
 # Nothing in a checkpoint is executed: torch's safe loader builds tensors and plain values. In the
-# notebook's own format, a pickled module, an inert class stands for each class that the file names.
+# notebook's own format, a pickled module, a `SimpleNamespace` with the same attributes stands for
+# each object.
 
 # %%
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
-
-class Placeholder:
-    """Stands for every class of PICKLED_CLASSES. Its arguments do nothing."""
-
-    def __init__(self, *arguments):
-        pass
 
 PICKLED_CLASSES = [f"{module}.{name}" for module in ("__main__", "quantize_catdog")
                    for name in ("CNN_Model", "Conv2d", "Linear", "MaxPool2d")]
@@ -1233,7 +1187,10 @@ def copy_zip(archive, compression):
     return file
 
 def read_checkpoint(file):
-    """(what torch saved in a checkpoint, how errors name it). file: a path or a file object."""
+    """({name: value} in a checkpoint, its recipe or None, how errors name it).
+
+    file: a path or a file object.
+    """
     name = "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
     try:
         with zipfile.ZipFile(file) as archive:
@@ -1246,11 +1203,13 @@ def read_checkpoint(file):
                          "CHECKPOINT)") from None
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
-                         f"({one_line(error)}): save it anew") from None
-    inert = [(Placeholder, class_name) for class_name in PICKLED_CLASSES]
+                         f"({error}): save it anew") from None
+    inert = [(SimpleNamespace, class_name) for class_name in PICKLED_CLASSES]
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):
-            return torch.load(checked, map_location="cpu", weights_only=True), name
+            saved = torch.load(checked, map_location="cpu", weights_only=True)
+        recipe = saved.get("recipe") if isinstance(saved, dict) else None
+        return weights_in(saved), recipe, name
     except Exception as error:      # damaged pickles raise nearly every type, too
         # torch's message names the class or function that it refused
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
@@ -1258,28 +1217,19 @@ def read_checkpoint(file):
         raise InputError(f"{name} cannot be loaded safely ({reason}): save the weights alone, "
                          "torch.save({'model': model.state_dict()}, 'weights.pth.tar')") from None
 
-def module_values(module):
-    """{name: tensor, or eps of a batch norm} of a Placeholder that stands for a module."""
-    attributes = vars(module)
-    values = {**attributes.get("_parameters", {}), **attributes.get("_buffers", {})}
-    if "eps" in attributes:
-        values["eps"] = attributes["eps"]
-    for name, child in attributes.get("_modules", {}).items():
-        if isinstance(child, Placeholder):
-            values |= {f"{name}.{key}": value for key, value in module_values(child).items()}
-    return values
-
 def weights_in(saved):
     """{name: value} of what people save: a state_dict or a module, alone or under a usual key."""
     for key in ("model", "state_dict", "model_state_dict", "net"):
         if isinstance(saved, dict) and key in saved:
             saved = saved[key]
-    values = module_values(saved) if isinstance(saved, Placeholder) else saved
-    if not isinstance(values, dict):
+    if isinstance(saved, SimpleNamespace):      # a module: take its layers' tensors and attributes
+        saved = {f"{name}.{key}": value for name, layer in vars(saved).get("_modules", {}).items()
+                 for key, value in (vars(layer) | layer._parameters | layer._buffers).items()}
+    if not isinstance(saved, dict):
         return {}
     # DataParallel, torch.compile and Lightning put a prefix before every name
     return {re.sub(r"^((module|_orig_mod|model)\.)+", "", str(name)): value
-            for name, value in values.items()}
+            for name, value in saved.items()}
 
 def fill(model, values, name):
     """Load the tensors that a model needs; return it on `device()`, ready to run; or InputError."""
@@ -1301,11 +1251,10 @@ def fill(model, values, name):
 
 def load_checkpoint(file):
     """The CNN_Model of FP32 weights: {"model": state_dict}, or as `weights_in` finds them."""
-    saved, name = read_checkpoint(file)
-    if isinstance(saved, dict) and "recipe" in saved:
+    values, recipe, name = read_checkpoint(file)
+    if recipe is not None:
         raise InputError(f"{name} is the INT8 network of a run: set CHECKPOINT to FP32 weights, or "
                          "use INT8_Model.load in Python")
-    values = weights_in(saved)
     model = fill(CNN_Model(), values, name)
     for layer in LAYERS:
         if layer.is_conv:
@@ -1326,25 +1275,22 @@ def int8_checkpoint(int8_model):
 
 def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
-    saved, name = read_checkpoint(file)
-    recipe = saved.get("recipe") if isinstance(saved, dict) else None
+    values, recipe, name = read_checkpoint(file)
     if not isinstance(recipe, dict):
-        raise InputError(f"{name} holds FP32 weights, or no recipe: give the "
-                         "INT8_checkpoint.pth.tar of a run")
+        raise InputError(f"{name} is no INT8 network: give the INT8_checkpoint.pth.tar of a run")
     try:
-        blank = INT8_Model(recipe)
+        int8_model = INT8_Model(recipe)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    int8_model = fill(blank, weights_in(saved), name)
+    int8_model = fill(int8_model, values, name)
     for layer in LAYERS:
         module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
         in_range = (module.weight.long().abs() < 2**(bit - 1)).all()
         in_range &= (module.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
-        multiplier = int8_model.multiplier(layer)
-        outputs = int8_model.int8_layer(layer).largest_sum * multiplier
-        if not (in_range and outputs.isfinite().all() and (multiplier > 0).all()):
-            raise InputError(f"{name}: {layer.name} has an integer or a scale that its recipe does "
-                             "not allow; quantize again")
+        int8_layer = int8_model.int8_layer(layer)
+        outputs = int8_layer.largest_sum * int8_layer.multiplier
+        if not (in_range and outputs.isfinite().all() and (int8_layer.multiplier > 0).all()):
+            raise InputError(f"{name}: {layer.name} is not as its recipe says: quantize again")
     return int8_model
 
 def write_files(folder, contents):
@@ -1541,8 +1487,6 @@ def print_summary(report):
           f"{name} {report['speedup']:.1f} times as fast")
     if report["busy"]:
         print("The machine was busy with other programs: do not trust the times.")
-    if any(layer_bit(report["recipe"], layer) < 8 for layer in LAYERS):
-        print("Fewer weight bits shrink the file; they do not speed it up.")
     if sqnr is not None and sqnr < LOW_SQNR:
         print("The SQNR is low: python tools/explain.py shows where the error arises.")
     if test["corrected"] or test["broken"]:
@@ -1555,10 +1499,8 @@ def print_summary(report):
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
           "were left out; see report.json")
     for flip in report["flips"][:LISTED]:
-        fp32, int8 = [" ".join(f"{each} {logit:.3f}" for each, logit in zip(CLASSES, flip[key]))
-                      for key in ("fp32_logits", "int8_logits")]
-        print(f"  {shorten(flip['file'], 50)} ({flip['label']}), {flip['effect']}\n"
-              f"    FP32 {fp32}, margin {flip['fp32_margin']:.3f}; {name} {int8}")
+        print(f"  {shorten(flip['file'], 34)} ({flip['label']}), {flip['effect']}, "
+              f"FP32's margin {flip['fp32_margin']:.3f}")
     for row in report["skipped"][:LISTED]:
         print(f"  {shorten(row['file'], 78)}\n"
               f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")
@@ -1595,23 +1537,19 @@ def add_run(path, row):
     """Append a row to the table of runs, and return its readable rows, the new one last.
 
     One write appends it, so that two runs at once lose no row. A table with other columns is
-    renamed, not destroyed. Raises InputError where the file cannot be written.
+    renamed, not destroyed.
     """
-    header, text = csv_line(row), ""
-    try:
-        if path.exists():
-            text = path.read_text("utf-8", errors="replace")
-        if text and not text.startswith(header):
-            aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-            path.rename(aside)
-            print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
-            text = ""
-        # an editor may have left the last line without its end
-        before = header if not text else "" if text.endswith("\n") else "\n"
-        with open(path, "ab") as file:
-            file.write((before + csv_line(row.values())).encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}; set OUTPUT_DIR") from None
+    header = csv_line(row)
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    if text and not text.startswith(header):
+        aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        path.rename(aside)
+        print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
+        text = ""
+    # an editor may have left the last line without its end
+    before = header if not text else "" if text.endswith("\n") else "\n"
+    with open(path, "ab") as file:
+        file.write((before + csv_line(row.values())).encode())
     rows, unreadable = [], 0
     for line in text.splitlines():
         if not line or f"{line}\n" == header:       # two first runs at once write two headers
@@ -1686,7 +1624,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Load
-# The trained network. Four times `cnn`, `bn`, `relu`, `maxpool`; no ReLU between `fc1` and `fc2`.
+# The trained network: four times `cnn`, `bn`, `relu`, `maxpool`, then `fc1` and `fc2`.
 
 # %%
 if __name__ == "__main__":
@@ -1742,18 +1680,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Verify
 # A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on these
-# pictures and is faster, or if INT8_ENGINE forces it. Then both networks are timed, alternately.
+# pictures and is faster: the table says how many outputs were compared, and how many differ. Then
+# both networks are timed, alternately.
 
 # %%
 if __name__ == "__main__":
     constants |= read_constants(["INT8_ENGINE"])
     engines = choose_engines(int8_model, pixels)
-    for engine, why in dict.fromkeys((row["engine"], row["why"]) for row in engines):
-        of_kind = [row for row in engines if (row["engine"], row["why"]) == (engine, why)]
-        names = ", ".join(row["layer"] for row in of_kind)
-        print(textwrap.fill(f"{engine} for {names}: {why}", 80, subsequent_indent="  "))
-        print(f"  {sum(row['compared'] for row in of_kind):,} values of {len(pixels)} pictures "
-              f"compared, {sum(row['different'] for row in of_kind):,} differ")
+    print_columns({heading: [row[heading] for row in engines] for heading in engines[0]})
     batch = pixels[:BATCH_SIZE]
     seconds = time_in_turns({"fp32": folded, "int8": int8_model}, batch, TIMED_ROUNDS)
     ms = {name: 1000 * min(times) / len(batch) for name, times in seconds.items()}

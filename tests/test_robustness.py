@@ -280,13 +280,12 @@ def test_large_pickles(tmp_path, checkpoint, value):
 
 @pytest.mark.parametrize("name", script.PICKLED_CLASSES)
 def test_class_that_a_pickle_may_name_makes_nothing(tmp_path, monkeypatch, name):
-    """A call of it with 20000, 20000 would take 1.6 GB, were it nn.Linear. An inert object stands for the result."""
+    """A call of it with 20000, 20000 would take 1.6 GB, were it nn.Linear. What stands for it takes no arguments."""
     called = f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n".encode() + b"M\x20\x4eM\x20\x4e\x86R"
     path = tmp_path / "c.pth.tar"
     path.write_bytes(beside_good_weights((ROOT / "BEST_checkpoint.pth.tar").read_bytes(), called, b"model"))
-    refused(path, "cnn1.weight is missing; it holds no weights")
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module is made"))
-    assert vars(script.read_checkpoint(path)[0]["model"]) == {}
+    refused(path, "cannot be loaded safely (TypeError)")
 
 def test_parts_that_are_too_small(tmp_path):
     path = tmp_path / "c.pth.tar"

@@ -431,7 +431,7 @@ def main():
             except Exception as error:      # another engine may be missing, or fail
                 if make is script_engines:
                     raise
-                reason = script.one_line(error)[:300]
+                reason = " ".join(str(error).split())[:300]
                 print(f"left out {make.__name__}: {type(error).__name__}: {reason}")
         times = measure(engines, pixels, args.batches, args.rounds)
         macs, rate = multiply_adds(folded), gemm_rate()

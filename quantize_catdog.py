@@ -143,9 +143,8 @@ LEGAL = {
     "INT8_ENGINE": one_of("auto", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read; then paths, the device, and the settings that a run changes in its
-# process. Bad input of any kind raises an `InputError`: one line that says what, where and what to
-# do.
+# How constants are read. Bad input of any kind raises an `InputError`: one line that says what,
+# where and what to do.
 
 # %%
 def printable(text):
@@ -219,6 +218,10 @@ def set_constants(words, doc):
             value = text        # a folder may be called 2024
         globals().update(PRESETS.get(word, {name: value}))
 
+# %% [markdown]
+# Paths, the device, and the settings that a run changes in its process.
+
+# %%
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
 
 def resolve_path(*names):

@@ -636,14 +636,20 @@ class CNN_Model(nn.Module):
         super().__init__()
         self.cnn1 = Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.maxpool1 = MaxPool2d(kernel_size=2)
         self.cnn2 = Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
         self.bn2 = nn.BatchNorm2d(32)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.maxpool2 = MaxPool2d(kernel_size=2)
         self.cnn3 = Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
         self.bn3 = nn.BatchNorm2d(16)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.maxpool3 = MaxPool2d(kernel_size=2)
         self.cnn4 = Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
         self.bn4 = nn.BatchNorm2d(8)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = MaxPool2d(kernel_size=2)
+        self.relu4 = nn.ReLU(inplace=True)
+        self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = Linear(8 * 11 * 11, 512)
         self.fc2 = Linear(512, len(CLASSES))
         self.float()        # whatever torch's default dtype is
@@ -652,10 +658,10 @@ class CNN_Model(nn.Module):
     @without_autocast
     def forward(self, x, observe=no_observer):
         x = observe("input", x.float())                                         # (N, 3, 224, 224)
-        x = self.maxpool(observe("cv1", self.relu(self.bn1(self.cnn1(x)))))     # (N, 16, 110, 110)
-        x = self.maxpool(observe("cv2", self.relu(self.bn2(self.cnn2(x)))))     # (N, 32, 53, 53)
-        x = self.maxpool(observe("cv3", self.relu(self.bn3(self.cnn3(x)))))     # (N, 16, 25, 25)
-        x = self.maxpool(observe("cv4", self.relu(self.bn4(self.cnn4(x)))))     # (N, 8, 11, 11)
+        x = self.maxpool1(observe("cv1", self.relu1(self.bn1(self.cnn1(x)))))   # (N, 16, 110, 110)
+        x = self.maxpool2(observe("cv2", self.relu2(self.bn2(self.cnn2(x)))))   # (N, 32, 53, 53)
+        x = self.maxpool3(observe("cv3", self.relu3(self.bn3(self.cnn3(x)))))   # (N, 16, 25, 25)
+        x = self.maxpool4(observe("cv4", self.relu4(self.bn4(self.cnn4(x)))))   # (N, 8, 11, 11)
         x = observe("fc1", self.fc1(x.flatten(1)))                              # (N, 512), no ReLU
         return observe("fc2", self.fc2(x))                                      # (N, 2)
 
@@ -1627,7 +1633,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Load
-# The trained network: four times `cnn`, `bn`, `relu`, `maxpool`, then `fc1` and `fc2`.
+# The trained network. Four times `cnn`, `bn`, `relu`, `maxpool`; no ReLU between `fc1` and `fc2`.
 
 # %%
 if __name__ == "__main__":

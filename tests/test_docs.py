@@ -51,7 +51,7 @@ def test_summary_is_what_the_run_prints(place):
 def test_run_fits_a_terminal_of_80_columns(place):
     """All but the network as torch prints it."""
     long = [line for line in place.printed.splitlines() if len(line) > 80]
-    assert all(re.match(r"  \((bn\d|maxpool)\): ", line) for line in long), long
+    assert all(re.match(r"  \((bn|maxpool)\d\): ", line) for line in long), long
     assert all(len(line) <= 80 for block in blocks(README) for line in block.splitlines())
 
 def test_table_of_runs_is_what_the_last_of_them_prints(place):

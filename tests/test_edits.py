@@ -14,10 +14,12 @@ FIFTH_BLOCK = [
     ("        self.fc1 = Linear(8 * 11 * 11, 512)\n", """\
         self.cnn5 = Conv2d(in_channels=8, out_channels=12, kernel_size=3, stride=1, padding=0)
         self.bn5 = nn.BatchNorm2d(12)
+        self.relu5 = nn.ReLU(inplace=True)
+        self.maxpool5 = MaxPool2d(kernel_size=2)
         self.fc1 = Linear(12 * 4 * 4, 512)
 """),
     ('        x = observe("fc1", self.fc1(x.flatten(1)))', """\
-        x = self.maxpool(observe("cv5", self.relu(self.bn5(self.cnn5(x)))))     # (N, 12, 4, 4)
+        x = self.maxpool5(observe("cv5", self.relu5(self.bn5(self.cnn5(x)))))   # (N, 12, 4, 4)
         x = observe("fc1", self.fc1(x.flatten(1)))"""),
     ('        x = observe("fc1", run["fc1"](x.flatten(1)))', """\
         x = self.maxpool(observe("cv5", run["cnn5"](x)))                    # (N, 12, 4, 4)

@@ -541,7 +541,7 @@ def layer_bit(recipe, layer):
 # connected layer's output (the last one, the logits, only with QUANTIZE_LOGITS). An observer
 # remembers the largest magnitude in each channel of an activation; the largest of these is its
 # range, from which its scale is calculated. Names are the notebook's: `cnn1` is a convolution,
-# `cv1` the output of its ReLU, and `fc1` both a layer and its output. Three of torch's layers are
+# `cv1` the output of its ReLU, and `fc1` both a layer and its output. Two of torch's layers are
 # changed a little.
 
 # %%
@@ -577,25 +577,11 @@ def without_autocast(function):
         function = torch.autocast(kind, enabled=False)(function)
     return function
 
-class Conv2d(nn.Conv2d):
-    """Like torch's, but the result for a picture does not depend on the rest of the batch.
-
-    For a single picture torch may choose a kernel that sums in another order, and BATCH_SIZE would
-    change answers. So one picture is computed as a batch of two, its upper and its lower half,
-    which overlap by the rows that both need.
-    """
-
-    def forward(self, x):
-        if len(x) > 1:
-            return super().forward(x)
-        rows = x.shape[2] - self.kernel_size[0] + 1         # of the output
-        upper = (rows + 1) // 2
-        needed = upper + self.kernel_size[0] - 1
-        y = super().forward(torch.cat([x[:, :, :needed], x[:, :, -needed:]]))
-        return torch.cat([y[:1], y[1:, :, 2 * upper - rows:]], 2)   # odd: the middle row is in both
-
 class Linear(nn.Linear):
-    """Like torch's, but with one product per picture, for the same reason."""
+    """Like torch's, but with one product per picture: its result does not depend on the batch.
+
+    For a single picture torch sums in another order, and BATCH_SIZE would change answers.
+    """
 
     def forward(self, x):
         weight = self.weight.t().expand(len(x), -1, -1)
@@ -634,19 +620,19 @@ class CNN_Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.cnn1 = Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
+        self.cnn1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu1 = nn.ReLU(inplace=True)
         self.maxpool1 = MaxPool2d(kernel_size=2)
-        self.cnn2 = Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
+        self.cnn2 = nn.Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
         self.bn2 = nn.BatchNorm2d(32)
         self.relu2 = nn.ReLU(inplace=True)
         self.maxpool2 = MaxPool2d(kernel_size=2)
-        self.cnn3 = Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
+        self.cnn3 = nn.Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
         self.bn3 = nn.BatchNorm2d(16)
         self.relu3 = nn.ReLU(inplace=True)
         self.maxpool3 = MaxPool2d(kernel_size=2)
-        self.cnn4 = Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
+        self.cnn4 = nn.Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
         self.bn4 = nn.BatchNorm2d(8)
         self.relu4 = nn.ReLU(inplace=True)
         self.maxpool4 = MaxPool2d(kernel_size=2)
@@ -1181,7 +1167,7 @@ def quantize_network(folded, pixels, recipe):
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
 
 PICKLED_CLASSES = [f"{module}.{name}" for module in ("__main__", "quantize_catdog")
-                   for name in ("CNN_Model", "Conv2d", "Linear", "MaxPool2d")]
+                   for name in ("CNN_Model", "Linear", "MaxPool2d")]
 PICKLED_CLASSES += [f"torch.nn.modules.{name}" for name in (
     "conv.Conv2d", "batchnorm.BatchNorm2d", "activation.ReLU", "activation.Softmax",
     "pooling.MaxPool2d", "linear.Linear")]

@@ -307,16 +307,6 @@ def test_a_picture_has_the_same_values_to_the_last_bit_in_any_batch(height, widt
     finally:
         torch.set_num_threads(1)
 
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_convolution_of_one_picture_is_torchs(kernel):
-    """From the smallest map on, whose halves read the same rows."""
-    conv = script.Conv2d(3, 4, kernel).to(DEVICE)
-    for height in range(kernel, kernel + 6):
-        for pictures in (0, 1, 2):
-            x = torch.randn(pictures, 3, height, 9, device=DEVICE)
-            y = torch.nn.functional.conv2d(x, conv.weight, conv.bias)
-            assert conv(x).shape == y.shape and torch.allclose(conv(x), y, rtol=0, atol=1e-5), (height, pictures)
-
 # What `observe` sees and returns
 
 @pytest.fixture(params=["FP32", "folded", *ENGINES])

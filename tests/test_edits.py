@@ -12,7 +12,7 @@ from helpers import ROOT, SCRIPT, run_here
 
 FIFTH_BLOCK = [
     ("        self.fc1 = Linear(8 * 11 * 11, 512)\n", """\
-        self.cnn5 = Conv2d(in_channels=8, out_channels=12, kernel_size=3, stride=1, padding=0)
+        self.cnn5 = nn.Conv2d(in_channels=8, out_channels=12, kernel_size=3, stride=1, padding=0)
         self.bn5 = nn.BatchNorm2d(12)
         self.relu5 = nn.ReLU(inplace=True)
         self.maxpool5 = MaxPool2d(kernel_size=2)

@@ -311,13 +311,12 @@ def pt2e_engines(folded, pixels, folder):
     parts = []
     for layer in script.LAYERS:
         part = folded.get_submodule(layer.name)
-        if layer.is_conv:       # torch's own: it exports no branches on the batch size
-            plain = torch.nn.Conv2d(part.in_channels, part.out_channels, part.kernel_size)
-            parts += [plain, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        if layer.is_conv:
+            parts += [part, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
         else:
             plain = torch.nn.Linear(part.in_features, part.out_features)
+            plain.load_state_dict(part.state_dict())
             parts += [torch.nn.Flatten(), plain] if layer.name == "fc1" else [plain]
-        plain.load_state_dict(part.state_dict())
     example = pixels[:2].float()
     sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     network = torch.nn.Sequential(*parts)

@@ -1451,7 +1451,7 @@ def print_columns(columns, width=80):
     """
     texts = []
     for heading, values in columns.items():
-        cells = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in values]
+        cells = [format(value, {float: ".5g", int: ","}.get(type(value), "")) for value in values]
         words = heading.replace("_", "_ ").split()
         texts.append([word.rjust(max(map(len, [*words, *cells]))) for word in words + cells])
     height = max(len(text) for text in texts)

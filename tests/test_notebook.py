@@ -95,7 +95,7 @@ VALUES = 16 * 220**2 + 32 * 106**2 + 16 * 51**2 + 8 * 23**2 + 512 + 2      # out
 def test_as_a_notebook(places, notebook):
     place, plain = places
     assert_same_run(place, plain)
-    counts = re.findall(r"([\d,]+) values of 6 pictures compared, 0 differ", notebook.printed("= choose_engines("))
+    counts = re.findall(r"(?m)^ *(?:cnn|fc)\d +([\d,]+) +0 ", notebook.printed("= choose_engines("))
     assert sum(int(count.replace(",", "")) for count in counts) == 6 * VALUES
     assert "INT8 Top1: " in notebook.printed(EVALUATE)
     assert (place.results / "report.png").exists() and "report.png" in notebook.printed("%run tools/explain.py")

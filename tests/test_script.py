@@ -204,7 +204,7 @@ def test_terminal(usual):
     if KERNELS:
         assert [row["engine"] for row in report["engines"]][:4] == ["onednn"] * 4
         for name, compared in zip(LAYERS[:4], VALUES):
-            line = rf"\n *{name} +{6 * compared} +0 +onednn +exact, and faster here than the reference\n"
+            line = rf"\n *{name} +{6 * compared:,} +0 +onednn +exact, and faster here than the reference\n"
             assert re.search(line, out)
         assert [row["layer"] for row in report["engines"]] == LAYERS
         assert [(row["compared"], row["different"]) for row in report["engines"]] == [(6 * n, 0) for n in VALUES]

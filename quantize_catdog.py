@@ -82,19 +82,19 @@ OUTPUT_DIR = "results"                  # folder for the INT8 network, report.js
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
 DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
-INT8_ENGINE = "auto"                    # "reference", or "auto": INT8 kernels where they are exact
-# the recipe: what decides the integers ("A, or B": A if True, B if False)
-IMAGE_SIZE = (224, 224)                 # width and height; fc1 needs 11 x 11 feature maps
+INT8_ENGINE = "auto"                    # "reference", or "auto": kernels where exact and faster
+# the recipe: all that decides the integers; "A, or B" is A if True, B if False
+IMAGE_SIZE = (224, 224)                 # width and height; 212 to 227 give fc1 its 11 x 11 maps
 BIT = 8                                 # bits of an activation
-WEIGHT_BIT = 8                          # bits of a weight; fewer shrink the file, not the time
+WEIGHT_BIT = 8                          # bits of a weight; fewer only make the file smaller
 LAYER_BITS = {}                         # weight bits of single layers, such as {"fc1": 4}
 PER_CHANNEL = True                      # one weight scale per output channel, or one per layer
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
 BIAS_BIT = 32                           # bits of a bias
 QUANTIZE_LOGITS = False                 # round the logits to BIT bits too, or leave them FP32
-HEADROOM = 2                            # multiplies the ranges of the inputs of fc1 and fc2
+HEADROOM = 2                            # factor on the ranges of the inputs of fc1 and fc2
 EQUALIZE = True                         # scale weak channels up, so that they use more integers
-GPTQ = True                             # round weights so that errors cancel, or each to nearest
+GPTQ = True                             # round weights of convolutions so that errors cancel
 BIAS_CORRECTION = True                  # shift biases by the mean error in calibration
 
 # %% [markdown]
@@ -112,7 +112,7 @@ def whole(low, high):
     return (f"a whole number from {low} to {high}",
             lambda value: type(value) is int and low <= value <= high)
 
-def one_of(*choices):
+def one_of(*choices):       # compared by repr, since 1 == True
     return " or ".join(map(repr, choices)), lambda value: repr(value) in map(repr, choices)
 
 def is_image_size(value):
@@ -143,8 +143,8 @@ LEGAL = {
     "INT8_ENGINE": one_of("auto", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read. Bad input of any kind raises an `InputError`: one line that says what,
-# where and what to do.
+# How constants are read. Bad input raises an `InputError`: one line that says what is wrong, where,
+# and what to do.
 
 # %%
 def printable(text):
@@ -164,7 +164,7 @@ def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
     names = {each.casefold(): each for each in known}
     near = difflib.get_close_matches(name.casefold(), names, 1)
-    hint = f"did you mean {names[near[0]]}?" if near else "LEGAL has no row for it (see --help)"
+    hint = f"did you mean {names[near[0]]}?" if near else "--help lists them, as LEGAL does"
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -188,14 +188,15 @@ def constants_block():
 def read_constants(names=tuple(LEGAL)):
     """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
     constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
+    # a misspelt constant in the file would have no effect
     misspelt = set(re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())) - set(LEGAL)
     check_legal(constants | dict.fromkeys(misspelt), names)
     return constants
 
 def set_constants(words, doc):
-    """Set constants from the words of a command line: NAME=value, a Python literal, or a preset.
+    """Set constants from the words of a command line. Each is a preset or NAME=value.
 
-    Presets are applied first, so that NAME=value changes them wherever it stands.
+    A value is a Python literal, or else a text. Presets are applied first, wherever they stand.
     --help prints `doc`, the docstring of the program, all constants and the presets, and exits.
     """
     if {"--help", "-h"} & set(words):
@@ -207,16 +208,19 @@ def set_constants(words, doc):
             print(textwrap.fill(f"preset {preset}: {changed}", 80, subsequent_indent="    "))
         sys.exit()
     for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
+        if word in PRESETS:
+            globals().update(PRESETS[word])
+            continue
         name, _, text = map(str.strip, word.partition("="))
-        if word not in PRESETS and name not in LEGAL:
+        if name not in LEGAL:
             raise unknown_name(name, [*PRESETS, *LEGAL])
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text        # a word without quotes, such as a folder's name
-        if isinstance(globals().get(name), str) and not isinstance(value, str):
+        if isinstance(globals()[name], str) and not isinstance(value, str):
             value = text        # a folder may be called 2024
-        globals().update(PRESETS.get(word, {name: value}))
+        globals()[name] = value
 
 # %% [markdown]
 # Paths, the device, and the settings that a run changes in its process.
@@ -240,7 +244,7 @@ def device():
     return torch.device("cuda" if has_gpu and DEVICE != "cpu" else "cpu")
 
 def prepare_process():
-    """Change this process as a run needs it. Importing the file changes nothing."""
+    """Settings of this process that a run needs. Importing the file changes none."""
     if hasattr(sys.stdout, "reconfigure"):      # a file's name may hold what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
@@ -254,11 +258,13 @@ def prepare_process():
 
 # %%
 CLASSES = ("cat", "dog")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS runs Ghostscript
-TURN = Image.Transpose  # what makes a picture upright, by the orientation in its EXIF data
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS runs a program
+TURN = Image.Transpose
+# what makes a picture upright, by the orientation in its EXIF data
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
            5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-# threads decode at most MOST_PIXELS pixels at one time; each takes all its permits in one go
+# Threads decode at most MOST_PIXELS pixels at one time. The lock lets one of them at a time collect
+# its permits: two that had half of theirs would wait for each other
 MOST_PIXELS, PERMIT_PIXELS = 2**26, 2**22
 PERMITS, TAKING = threading.Semaphore(MOST_PIXELS // PERMIT_PIXELS), threading.Lock()
 KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
@@ -266,7 +272,7 @@ KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others ar
 def label_of(path):
     """The index in CLASSES of the class that a path names; InputError where it names none or two.
 
-    The part of the path nearest to the file that names a class decides.
+    The file's name is searched first, then the folders, from the nearest up.
     """
     for part in reversed(Path(path).parts):
         words = re.findall(r"[^\W\d_]+", part.casefold())
@@ -286,7 +292,7 @@ def to_rgb(image):
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")            # all "transparent": the byte is not used
+        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
     if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))
@@ -316,7 +322,8 @@ def decode(picture, size):
         pixels = picture.width * picture.height
         if pixels > MOST_PIXELS:
             raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
-        if picture.mode == "F" or picture.mode == "I" and picture.format != "PPM":
+        # a PPM of mode I has 16-bit pixels
+        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
             raise InputError("has 32-bit pixels, and nothing says which value is white")
         permits = math.ceil(pixels / PERMIT_PIXELS)
         with TAKING:
@@ -369,7 +376,7 @@ class CatDogDataset(Dataset):
         usable = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not usable:
             reasons = sorted(f", e.g. {file}: {reason}" for file, reason in self.skipped.items())
-            parent, split = os.path.split(self.folder)
+            parent, split = os.path.split(self.folder)      # DATA_DIR may be one folder too high
             below = sorted(glob.glob(f"{glob.escape(parent)}/*/{glob.escape(split)}"))
             advice = (f"set DATA_DIR to {os.path.dirname(below[0])}?" if below else
                       "put cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
@@ -390,7 +397,7 @@ class CatDogDataset(Dataset):
         raise InputError(f"{self.folder / file} {self.skipped[file]}")
 
     def __getitems__(self, indices):
-        """The items of a batch, decoded in threads, without those that cannot be decoded."""
+        """The items of a batch, for DataLoader: decoded in threads, without undecodable ones."""
         with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow releases the GIL
             decoded = list(pool.map(self.decode_file, [self.files[i] for i in indices]))
         return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
@@ -412,6 +419,7 @@ class CatDogDataset(Dataset):
     def collate_fn(self, items):
         """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
         width, height = self.size
+        # channels last in memory, as the networks compute fastest
         pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, (picture, _) in zip(pixels, items):
             row.copy_(picture)
@@ -438,8 +446,9 @@ class CatDogDataset(Dataset):
 # %% [markdown]
 # ## Arithmetic
 # A real number x is stored as the integer q for which q / scale is nearest to x. (torch's own
-# quantizers call 1 / scale the scale.) Quantization here is symmetric: the integer 0 stands for
-# 0.0, so that the offset of other schemes, the *zero point*, is always 0.
+# quantizers call 1 / scale the scale.) The scale maps the *range*, the largest magnitude seen, to
+# the largest integer. Quantization here is symmetric: the integer 0 stands for 0.0, so that the
+# *zero point* of other schemes is always 0.
 
 # %%
 SMALLEST = 1e-12    # smaller ranges count as this, so that a dead layer does not divide by zero
@@ -502,6 +511,11 @@ def fusion_conv_bn(conv, bn):
     g = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return conv.weight * broadcast(g, 3), conv.bias * g + (bn.bias - bn.running_mean * g)
 
+def clip_bias(bias, recipe):
+    """Clip whole FP64 numbers (FP32 cannot represent 2^31 - 1) to BIAS_BIT bits, as int32."""
+    largest = 2**(recipe["BIAS_BIT"] - 1) - 1
+    return bias.clip(-largest, largest).to(torch.int32)
+
 def weight_quant(w, b, in_scale, bit, recipe):
     """FP32 weight (out, ...), bias (out,) -> int8 weight, int32 bias, weight scale (out,) or (1,).
 
@@ -515,20 +529,15 @@ def weight_quant(w, b, in_scale, bit, recipe):
     integers = int_range(bit)
     rows = w.flatten(1) if recipe["PER_CHANNEL"] else w.reshape(1, -1)      # one row per scale
     w_scale = scale_of(integers.high, rows.abs().amax(1))
+    # Tiny weights get a huge scale, at which the bias may be too large for its bits. With 32 bits
+    # the scale is limited so that |bias| <= 2^30, and the rest of int32 is left for the products;
+    # with fewer the bias is clipped, as in the notebook
     if recipe["BIAS_BIT"] == 32:
-        # tiny weights get a huge scale, at which the bias would overflow int32: limit the scale so
-        # that |bias| <= 2^30, and the rest of int32 is left for the products. A bias of fewer bits
-        # is clipped instead, as in the notebook
         largest_bias = b.reshape(len(rows), -1).abs().amax(1)
         w_scale = torch.minimum(w_scale, scale_of(2**30, largest_bias * in_scale))
     wq = quantize(w, broadcast(w_scale, w.dim() - 1), integers)
     bq = clip_bias(torch.round(b * (w_scale * in_scale)).double(), recipe)
     return wq, bq, w_scale
-
-def clip_bias(bias, recipe):
-    """Clip whole FP64 numbers (FP32 cannot represent 2^31 - 1) to BIAS_BIT bits, as int32."""
-    largest = 2**(recipe["BIAS_BIT"] - 1) - 1
-    return bias.clip(-largest, largest).to(torch.int32)
 
 def layer_bit(recipe, layer):
     """Bits of a Layer's weights."""
@@ -552,7 +561,7 @@ class Layer(NamedTuple):
 
     @property
     def input(self):
-        """The activation that it reads, after pooling."""
+        """The activation that it reads, after pooling: the output of the layer before it."""
         return ACTIVATIONS[LAYERS.index(self)]
 
     @property
@@ -567,7 +576,7 @@ LAYERS = [
     Layer("fc1", None, "fc1"),      # no ReLU: the notebook's forward has none here
     Layer("fc2", None, "fc2"),
 ]
-ACTIVATIONS = ["input", *[layer.output for layer in LAYERS]]
+ACTIVATIONS = ["input", *[layer.output for layer in LAYERS]]    # layer i reads activation i
 LOGITS = ACTIVATIONS[-1]
 FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
@@ -580,7 +589,7 @@ def without_autocast(function):
 class Linear(nn.Linear):
     """Like torch's, but with one product per picture: its result does not depend on the batch.
 
-    For a single picture torch sums in another order, and BATCH_SIZE would change answers.
+    For a single picture torch sums in another order, which changes the last digits.
     """
 
     def forward(self, x):
@@ -596,8 +605,8 @@ class MaxPool2d(nn.MaxPool2d):
         return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 # %% [markdown]
-# `forward` passes every activation through `observe(name, data)`: `update_range` in calibration,
-# `no_observer` otherwise.
+# `forward` passes every activation through `observe(name, data)`, which returns it: `update_range`
+# in calibration, `no_observer` in evaluation.
 
 # %%
 def no_observer(name, data):
@@ -608,7 +617,7 @@ def largest_magnitudes(data):
     if data.dim() == 2:
         return data.abs()
     # abs() would copy the data. Reducing one axis after the other is fast: channels are last in
-    # memory, and little is left for the second reduction
+    # memory (see `fused`), and little is left for the second reduction
     nhwc = data.permute(0, 2, 3, 1)
     return torch.maximum(nhwc.amax(1), -nhwc.amin(1)).amax(1)
 
@@ -653,7 +662,7 @@ class CNN_Model(nn.Module):
 
     def reset_ranges(self):
         """Forget what was observed. The input's range is 255, however dark the pictures are."""
-        self.ranges = {"input": self.fc1.bias.new_tensor([255.0])}
+        self.ranges = {"input": torch.tensor([255.0], device=self.fc1.bias.device)}
 
     def update_range(self, name, data):
         """The observer: range = max(range, |data|)."""
@@ -711,9 +720,9 @@ def activations_of(model, pixels):
 # ## The INT8 network
 # The same layers on integers. A layer multiplies and adds integers; then one FP32 multiplication
 # and addition, with factors per output channel, brings each sum to the scale of the next
-# activation. There are two engines: the *reference*, exact arithmetic that is written out here, and
-# torch's INT8 kernels, which are fast and normally give the same integers; on some CPUs they
-# overflow.
+# activation. There are two engines: the *reference*, exact sums that are written out here, and
+# *onednn*, torch's INT8 kernels, which are fast and normally give the same integers; on some CPUs
+# they overflow.
 
 # %%
 class INT8_Model(nn.Module):
@@ -722,24 +731,24 @@ class INT8_Model(nn.Module):
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
     value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
     output channel). `CNN_Model.cl_scale` or a checkpoint fills them in. After a change of any of
-    them call `prepare` again.
+    them call `prepare` or `choose_engines` again.
     """
 
     def __init__(self, recipe):
         super().__init__()
         check_legal(recipe, LEGAL_RECIPE)
         self.recipe = copy.deepcopy(recipe)
-        # pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8
+        # {activation: IntRange}: pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8
+        signed = int_range(recipe["BIT"])
         positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
-        self.integers = dict.fromkeys(ACTIVATIONS, positive)        # {activation: IntRange}
+        self.integers = {"input": positive} | {
+            layer.output: positive if layer.is_conv else signed for layer in LAYERS}
         self.maxpool = MaxPool2d(kernel_size=2)
         self.run = {}           # {layer's name: its INT8Layer}, see `prepare`
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
         for layer in LAYERS:
-            if not layer.is_conv:
-                self.integers[layer.output] = int_range(recipe["BIT"])
             shape = fp32_model.get_submodule(layer.name).weight.shape
             scales = torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1, dtype=torch.float32)
             module = nn.Module()
@@ -750,13 +759,13 @@ class INT8_Model(nn.Module):
 
     def prepare(self, kernels=()):
         """Build what runs each layer: a kernel for the layers named, else the reference."""
-        self.run = {layer.name: self.int8_layer(layer, layer.name in kernels) for layer in LAYERS}
+        self.run = {layer.name: self.runner(layer, layer.name in kernels) for layer in LAYERS}
         return self
 
     @property
     def kernels(self):
         """The names of the layers that are prepared with a kernel."""
-        return [name for name, int8_layer in self.run.items() if int8_layer.kernel is not None]
+        return [name for name, runner in self.run.items() if runner.kernel is not None]
 
     def __getstate__(self):
         """A copy or a pickle is prepared anew: it may be used on a CPU with other kernels."""
@@ -777,7 +786,7 @@ class INT8_Model(nn.Module):
         return x if self.is_fp32(LOGITS) else x / self.scale(LOGITS)
 
     def quantize_pixels(self, x):
-        """Pixels -> the integers of the input; at scale 1 they are these integers already."""
+        """Pixels -> the integers of the input; at scale 1 the pixels are these integers."""
         width, height = self.recipe["IMAGE_SIZE"]
         if x.dtype != torch.uint8 or x.shape[1:] != (3, height, width):
             raise InputError(f"pixels are {x.dtype} {tuple(x.shape)}: give uint8 from 0 to 255 of "
@@ -800,7 +809,7 @@ class INT8_Model(nn.Module):
         module = self.get_submodule(layer.name)
         return (self.scale(layer.input) * module.w_scale).expand(len(module.bias))
 
-    def int8_layer(self, layer, kernel=False):
+    def runner(self, layer, kernel=False):
         """The INT8Layer that computes a Layer, with M = out_scale / (in_scale * w_scale)."""
         module, inputs = self.get_submodule(layer.name), self.integers[layer.input]
         out_scale, outputs = self.scale(layer.output), self.integers[layer.output]
@@ -861,8 +870,8 @@ class INT8Layer:
         # bound on |sum + bias|, (out,): each input at its largest, each sign at its worst
         products = weight.long().abs().flatten(1).sum(1) * inputs.high
         self.largest_sum = products + bias.long().abs()
-        self.fits_fp32 = weight.device.type == "cpu" and bool(self.largest_sum.max() < 2**24)
-        self.weight = weight.to(torch.float32 if self.fits_fp32 else torch.float64)
+        self.use_fp32 = weight.device.type == "cpu" and bool(self.largest_sum.max() < 2**24)
+        self.weight = weight.to(torch.float32 if self.use_fp32 else torch.float64)
         self.kernel = self.find_kernel(weight) if kernel else None
 
     def __call__(self, x):
@@ -871,7 +880,7 @@ class INT8Layer:
             return self.reference(x)
         try:
             return self.run_kernel(x)
-        except RuntimeError:        # torch has no kernel for an input of this shape
+        except RuntimeError:        # torch has no kernel for a batch of this size
             return self.reference(x)
 
     def reference(self, x):
@@ -882,10 +891,10 @@ class INT8Layer:
         """The reference's sums of products in FP32."""
         operation = F.conv2d if self.is_conv else F.linear
         sums = operation(x.to(self.weight.dtype), self.weight)
-        return sums if self.fits_fp32 else sums.round().float()
+        return sums if self.use_fp32 else sums.round().float()
 
     def rescale(self, sums):
-        """The reference's outputs of these sums."""
+        """The reference's outputs, computed from these sums."""
         multiplier = broadcast(self.multiplier, sums.dim() - 2)
         offset = broadcast(self.offset, sums.dim() - 2)
         if self.outputs is None:
@@ -896,8 +905,7 @@ class INT8Layer:
         """(torch's kernel for this layer, its arguments after x).
 
         It is given M as the scale of the weights, the offset as its bias, 1 as the scales of input
-        and output, and 0 as all zero points. Its own rescaling is then that of `requantize`, bit
-        for bit.
+        and output, and 0 as all zero points. Its own rescaling is then that of `requantize`.
         """
         scale, zero_point, zero_points = 1.0, 0, torch.zeros_like(self.offset, dtype=torch.int32)
         if self.is_conv:
@@ -908,23 +916,25 @@ class INT8Layer:
         else:
             operation, dtype = torch.ops.onednn.qlinear_pointwise.default, torch.int8
             geometry, packed = (), torch.ops.onednn.qlinear_prepack(weight, None)
-        relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
         dtype = torch.float32 if self.outputs is None else dtype
-        return operation, (scale, zero_point, packed, self.multiplier, zero_points, self.offset,
-                           *geometry, scale, zero_point, dtype, relu, [], "")
+        relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
+        relu_scalars, relu_algorithm = [], ""           # other activation functions have some
+        inputs, weights = (scale, zero_point), (packed, self.multiplier, zero_points, self.offset)
+        outputs = scale, zero_point, dtype, relu, relu_scalars, relu_algorithm
+        return operation, (*inputs, *weights, *geometry, *outputs)
 
     def run_kernel(self, x):
         """The kernel's outputs. Raises RuntimeError where torch has none for this input."""
         operation, arguments = self.kernel
         # a convolution's kernel takes uint8; int8 inputs are never negative there: the same bytes
         y = operation(x.view(torch.uint8) if self.is_conv else x, *arguments)
-        # the kernel clips at 0..255 or -128..127: narrower ranges, and -127, are clipped here
+        # the kernel clips at 0..255 or -128..127; narrower ranges, such as -127..127, follow here
         if self.outputs is None or self.outputs.high == 255:
             return y
         return y.clip_(self.outputs.low, self.outputs.high).view(self.outputs.dtype)
 
 # %% [markdown]
-# Which engine runs which layer, and a table of what quantization did to each.
+# Which engine runs which layer, and a table that describes the quantized layers.
 
 # %%
 @torch.inference_mode()
@@ -941,13 +951,13 @@ def time_in_turns(functions, x, rounds):
 def kernel_overflows(int8_model, layer):
     """Whether this CPU's INT8 kernel overflows with a layer's weights.
 
-    x86 without VNNI (instructions that add in 32 bits) adds pairs of products in 16. The worst case
-    is all inputs at their largest (two weights of opposite sign cannot overflow): there the
+    Without VNNI instructions, x86 adds two products in 16 bits, which 2 * 255 * 127 overflows. The
+    worst case is all inputs at their largest (products of opposite sign cannot overflow): there the
     kernel's sums, with M = 1 and no bias, are compared with the exact ones.
     """
     weight = int8_model.get_submodule(layer.name).weight
     inputs = int8_model.integers[layer.input]
-    size = (weight.shape[1], 9, 9) if layer.is_conv else weight.shape[1:]   # 9: large enough
+    size = (weight.shape[1], 9, 9) if layer.is_conv else weight.shape[1:]   # more than 5 x 5
     x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
     no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
     bare = INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None, kernel=True)
@@ -964,12 +974,12 @@ def choose_engine(int8_model, layer, x, expected):
     if INT8_ENGINE == "reference":
         return row
     try:
-        int8_layer = int8_model.int8_layer(layer, kernel=True)
-        found, overflows = int8_layer.run_kernel(x), kernel_overflows(int8_model, layer)
+        runner = int8_model.runner(layer, kernel=True)
+        found, overflows = runner.run_kernel(x), kernel_overflows(int8_model, layer)
     except (AttributeError, RuntimeError):
         return row | {"why": "torch has no kernel for it here"}
     row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
-    seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
+    seconds = time_in_turns({"kernel": runner.run_kernel, "reference": runner.reference},
                             x[:BATCH_SIZE], rounds=5)
     if overflows:
         row["why"] = "the kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
@@ -993,18 +1003,18 @@ def choose_engines(int8_model, pixels=None):
         pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
     x, rows = int8_model.quantize_pixels(pixels), []
     for layer in LAYERS:
-        expected = int8_model.int8_layer(layer).reference(x)
+        expected = int8_model.runner(layer).reference(x)
         rows.append(choose_engine(int8_model, layer, x, expected))
         x = int8_model.next_input(layer, expected)
     int8_model.prepare([row["layer"] for row in rows if row["engine"] == "onednn"])
     return rows
 
 def layer_table(int8_model):
-    """{heading: value per layer} of what quantization made of each layer."""
+    """{heading: a value per layer} that describes the quantized layers."""
     rows = []
     for layer in LAYERS:
         module, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
-        largest_sum = int(int8_model.int8_layer(layer).largest_sum.max())
+        largest_sum = int(int8_model.runner(layer).largest_sum.max())
         rows.append({
             "layer": layer.name,
             "weight shape": "x".join(map(str, module.weight.shape)),
@@ -1024,7 +1034,7 @@ def layer_table(int8_model):
 # exceed the ranges seen in calibration.
 
 # %%
-LARGEST_FACTOR = 4      # of equalization: a channel that was silent in calibration may wake up
+LARGEST_FACTOR = 4      # of equalization: channels that are silent in calibration may not stay so
 DAMPING = 0.01          # GPTQ's, as a share of the Hessian's mean diagonal, as in the paper
 GPTQ_STRIDE = 6         # GPTQ needs only every sixth row and column: neighbouring patches are alike
 SAMPLE = 20             # pictures for GPTQ and bias correction, and for the checks of the run
@@ -1052,32 +1062,34 @@ def equalize(folded):
         written.weight *= broadcast(factors, written.weight.dim() - 1)
         written.bias *= factors
         model.ranges[writer.output] = ranges * factors
-        # fc1 reads 11 x 11 values per channel of cv4
+        # (out, in, ...) -> (out, channels, values per channel, ...): fc1 reads 11 x 11 per channel
         by_channel = read_weight.unflatten(1, (len(factors), -1))
         by_channel.div_(broadcast(factors, by_channel.dim() - 2))           # a view of read_weight
         found[writer.output] = factors
     return model, found
 
 def gptq(weight, w_scale, hessian, integers):
-    """Round FP64 weights (out, K) one by one; the later ones compensate for each error.
+    """Round FP64 weights (out, K), one input after the other; later ones make up for each error.
 
-    Two pixels that are nearly always alike can share an error: one weight is rounded up, the next
-    one down. hessian (K, K): X X^T of the calibration pictures' patches X (K, positions), the
-    Hessian of the squared output error up to a factor. w_scale: (out,). Returns integers (out, K)
-    of the IntRange `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    An output is the sum of K products of a weight and an input. Two inputs that are nearly always
+    alike can share an error: one weight is rounded up, the other down. hessian (K, K) says how
+    alike they are: entry i, j is the sum of x_i x_j over the calibration pictures (half the second
+    derivative of the squared output error). w_scale: (out,). Returns integers (out, K) of the
+    IntRange `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
     """
     # inputs that are always 0, or always alike, would make the Hessian singular
     damping = DAMPING * hessian.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian)).to(hessian))
-    # row k of this Cholesky factor spreads weight k's error over the later weights, with the
-    # earlier ones fixed: the same as updating the inverse Hessian after each weight
+    # After weight k is rounded, the best change of the later ones is error * row k of the inverse
+    # Hessian of the weights k, k + 1, ..., divided by its first entry. The rows of this Cholesky
+    # factor are these rows, up to a factor that cancels (step 3 of the paper)
     upper = torch.linalg.cholesky(inverse, upper=True)
     weight = weight.t().clone(memory_format=torch.contiguous_format)        # (K, out)
     rounded = torch.zeros_like(weight, dtype=integers.dtype)
     for k in range(len(weight)):
         rounded[k] = quantize(weight[k], w_scale, integers)
         error = (weight[k] - rounded[k] / w_scale) / upper[k, k]
-        weight[k:].addr_(upper[k, k:], error, alpha=-1)
+        weight[k:] -= torch.outer(upper[k, k:], error)
     return rounded.t()
 
 @without_autocast
@@ -1106,16 +1118,16 @@ def mean_error(expected, sums, bias, sum_scale):
     return torch.cat(errors).mean(0)
 
 def refine_layer(int8_model, fp32_model, layer, inputs, expected):
-    """Refine one layer: GPTQ, then bias correction. Returns what the next layer reads, in chunks.
+    """Refine one layer as the recipe says. Returns what the next layer reads, in chunks.
 
     inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
     """
     recipe, int8 = int8_model.recipe, int8_model.get_submodule(layer.name)
-    if recipe["GPTQ"] and layer.is_conv:    # an FC layer has one position per picture: too few
+    if recipe["GPTQ"] and layer.is_conv:    # 20 pictures tell too little of 968 inputs
         integers = int_range(layer_bit(recipe, layer))
         conv = fp32_model.get_submodule(layer.name)
         int8.weight.copy_(gptq_conv(conv, int8.w_scale, inputs, integers))
-    rounded = int8_model.int8_layer(layer)
+    rounded = int8_model.runner(layer)
     sums = [rounded.sums(x) for x in inputs]
     if recipe["BIAS_CORRECTION"]:
         sum_scale = int8_model.sum_scale(layer)
@@ -1123,13 +1135,13 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
         error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
         change = torch.round(error * sum_scale)
         int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
-    refined = int8_model.int8_layer(layer)      # with the corrected bias
+    refined = int8_model.runner(layer)      # with the corrected bias
     outputs = [refined.rescale(x) for x in sums]
     return [int8_model.next_input(layer, x) for x in outputs]
 
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
-    """Refine int8_model, layer by layer: round weights by GPTQ, correct biases.
+    """Refine int8_model, layer by layer: round weights by GPTQ, correct biases, as the recipe says.
 
     fp32_model: the folded network that int8_model was quantized from; pixels: calibration
     pictures, uint8 (n, 3, h, w). Each layer reads the output of the INT8 layers before it, refined
@@ -1160,8 +1172,8 @@ def quantize_network(folded, pixels, recipe):
 # %% [markdown]
 # ## Checkpoints
 # Nothing in a checkpoint is executed: torch's safe loader builds tensors and plain values. In the
-# notebook's own format, a pickled module, a `SimpleNamespace` with the same attributes stands for
-# each object.
+# notebook's own format, a pickled module, each object is replaced by a `SimpleNamespace` with the
+# same attributes.
 
 # %%
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
@@ -1182,7 +1194,7 @@ def copy_zip(archive, compression):
     return file
 
 def read_checkpoint(file):
-    """({name: value} in a checkpoint, its recipe or None, how errors name it).
+    """({name: value} in a checkpoint, its recipe or None, its name in errors).
 
     file: a path or a file object.
     """
@@ -1199,6 +1211,7 @@ def read_checkpoint(file):
     except Exception as error:      # damaged bytes raise nearly every type
         raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
                          f"({error}): save it anew") from None
+    # each of these classes is loaded as a SimpleNamespace
     inert = [(SimpleNamespace, class_name) for class_name in PICKLED_CLASSES]
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):
@@ -1217,7 +1230,7 @@ def weights_in(saved):
     for key in ("model", "state_dict", "model_state_dict", "net"):
         if isinstance(saved, dict) and key in saved:
             saved = saved[key]
-    if isinstance(saved, SimpleNamespace):      # a module: take its layers' tensors and attributes
+    if isinstance(saved, SimpleNamespace):      # a module: tensors and eps of its layers
         saved = {f"{name}.{key}": value for name, layer in vars(saved).get("_modules", {}).items()
                  for key, value in (vars(layer) | layer._parameters | layer._buffers).items()}
     if not isinstance(saved, dict):
@@ -1272,7 +1285,7 @@ def load_int8_checkpoint(file):
     """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
     values, recipe, name = read_checkpoint(file)
     if not isinstance(recipe, dict):
-        raise InputError(f"{name} is no INT8 network: give the INT8_checkpoint.pth.tar of a run")
+        raise InputError(f"{name} is not an INT8 network: give INT8_checkpoint.pth.tar of a run")
     try:
         int8_model = INT8_Model(recipe)
     except InputError as error:
@@ -1282,16 +1295,17 @@ def load_int8_checkpoint(file):
         module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
         in_range = (module.weight.long().abs() < 2**(bit - 1)).all()
         in_range &= (module.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
-        int8_layer = int8_model.int8_layer(layer)
-        outputs = int8_layer.largest_sum * int8_layer.multiplier
-        if not (in_range and outputs.isfinite().all() and (int8_layer.multiplier > 0).all()):
+        runner = int8_model.runner(layer)
+        outputs = runner.largest_sum * runner.multiplier
+        if not (in_range and outputs.isfinite().all() and (runner.multiplier > 0).all()):
             raise InputError(f"{name}: {layer.name} is not as its recipe says: quantize again")
     return int8_model
 
 def write_files(folder, contents):
     """Write {name: bytes}, each file whole or not at all; raises InputError where it cannot.
 
-    The last one is absent meanwhile, so that no report stands beside the network of another run.
+    The last one is deleted first and written last, so that no report stands beside the network of
+    another run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1332,11 +1346,12 @@ def evaluate(name, model, pictures, observe=no_observer):
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
     labels, logits = [], []
     start = reported = time.perf_counter()
-    count, on = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE), device()
-    for decoded, their_labels in DataLoader(pictures, count, collate_fn=pictures.collate_fn):
+    decoded_together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
+    loader = DataLoader(pictures, decoded_together, collate_fn=pictures.collate_fn)
+    for decoded, their_labels in loader:
         for first in range(0, len(decoded), BATCH_SIZE):
             batch = slice(first, first + BATCH_SIZE)
-            answers = model(decoded[batch].to(on), observe).cpu()
+            answers = model(decoded[batch].to(device()), observe).cpu()
             meter.add(answers, their_labels[batch])
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()
@@ -1369,7 +1384,7 @@ def check_unchanged(step, model, other, pixels, tolerance):
     largest = expected.abs().max().item()
     if not change <= tolerance * largest:       # NaN, too
         raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
-                         f"{largest:.3g}: give a checkpoint with more ordinary weights")
+                         f"{largest:.3g}: give a checkpoint with other weights")
     return change
 
 # %% [markdown]
@@ -1378,11 +1393,11 @@ def check_unchanged(step, model, other, pixels, tolerance):
 
 # %%
 LISTED = 20         # changed pictures, and files left out, that the terminal lists
-LOW_SQNR = 20       # dB, an error of a tenth of the logits; below it expect changed answers
+LOW_SQNR = 20       # dB, an error of a tenth of the logits: expect changed answers below it
 
 def decibels(signal, noise):
     """Ratio of two energies in dB; None when there is no noise."""
-    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None      # 0: no signal
+    return 10 * math.log10(max(signal / noise, 1e-300)) if noise else None      # signal may be 0
 
 def sqnr_db(signal, changed):
     """Signal-to-quantization-noise ratio in dB; None when there is no noise."""
@@ -1398,7 +1413,7 @@ def wilson(correct, n, z=1.959964):
 
 def mcnemar(corrected, broken):
     """Exact two-sided p-value of McNemar's test (1947): of the pictures that exactly one network
-    has right, the probability that a fair coin would divide them at least this unevenly."""
+    gets right, the probability that a fair coin would divide them at least this unevenly."""
     pictures = corrected + broken
     tail = sum(math.comb(pictures, k) for k in range(min(corrected, broken) + 1))
     return min(1.0, 2 * tail / 2**pictures)
@@ -1481,7 +1496,7 @@ def print_summary(report):
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {sqnr_text}, "
           f"{name} {report['speedup']:.1f} times as fast")
     if report["busy"]:
-        print("The machine was busy with other programs: do not trust the times.")
+        print("The times varied by more than a factor of 2: other programs may be running.")
     if sqnr is not None and sqnr < LOW_SQNR:
         print("The SQNR is low: python tools/explain.py shows where the error arises.")
     if test["corrected"] or test["broken"]:
@@ -1489,8 +1504,8 @@ def print_summary(report):
         print(f"{name} corrects {test['corrected']} and breaks {test['broken']} of FP32's "
               f"answers,\n{verdict} (McNemar's p = {test['p']:.2g})")
     if report["inputs"]["evaluation_crc"] == report["inputs"]["calibration_crc"]:
-        print("Calibration and evaluation use the same pictures: this flatters the ranges and\n"
-              "hides what HEADROOM does.")
+        print("Calibration and evaluation use the same pictures: the ranges look better than they\n"
+              "are, and HEADROOM seems useless.")
     print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
           "were left out; see report.json")
     for flip in report["flips"][:LISTED]:
@@ -1541,10 +1556,13 @@ def add_run(path, row):
         path.rename(aside)
         print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
         text = ""
-    # an editor may have left the last line without its end
-    before = header if not text else "" if text.endswith("\n") else "\n"
+    added = csv_line(row.values())
+    if not text:
+        added = header + added
+    elif not text.endswith("\n"):       # as an editor may have left it
+        added = "\n" + added
     with open(path, "ab") as file:
-        file.write((before + csv_line(row.values())).encode())
+        file.write(added.encode())
     rows, unreadable = [], 0
     for line in text.splitlines():
         if not line or f"{line}\n" == header:       # two first runs at once write two headers
@@ -1570,14 +1588,15 @@ def print_runs(rows):
     columns = {"run": [f"{'>' if row is rows[-1] else ''}{i}" for i, row in enumerate(same, 1)]}
     for name in [*LEGAL, "calibration_crc"]:
         cells = [row[name] for row in same]
-        # the folder's column shows already that the pictures differ
+        # the folder's column already shows that the pictures differ
         explained = name == "calibration_crc" and {"DATA_DIR", "CALIBRATION_SPLIT"} & set(columns)
         if len(set(cells)) > 1 and not explained:
             columns[name] = [shorten(cell, 24) for cell in cells]
-    sqnr = [float(row["sqnr_db"]) for row in same]
-    columns["SQNR dB"] = [f"{value:.1f}{'*' if value == max(sqnr) else ' '}" for value in sqnr]
-    for name, (heading, style) in list(FIGURES.items())[1:]:
+    for name, (heading, style) in FIGURES.items():
         columns[heading] = [format(float(row[name]), style) for row in same]
+    best = max(float(row["sqnr_db"]) for row in same)
+    columns["SQNR dB"] = [cell + ("*" if float(row["sqnr_db"]) == best else " ")
+                          for cell, row in zip(columns["SQNR dB"], same)]
     print("\nThe last runs on these evaluation pictures and weights, FP32 Top-1 "
           f"{rows[-1]['fp32_top1']} %\n"
           "(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)")
@@ -1590,8 +1609,8 @@ def print_runs(rows):
 
 # %%
 def end_in_one_line(kind, error, trace):
-    """sys.excepthook of the run: one line for bad input and for Ctrl-C, none for `| head`."""
-    if issubclass(kind, BrokenPipeError):       # nobody reads on: the rest goes nowhere
+    """sys.excepthook of the run: one line for bad input, files and Ctrl-C, none for `| head`."""
+    if issubclass(kind, BrokenPipeError):       # head has what it wants: drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -1613,7 +1632,7 @@ if __name__ == "__main__":
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
-    # in a notebook: so that a cell run too early fails, and takes nothing made by other constants
+    # in a notebook, delete what other constants made, so that a cell that is run too early fails
     for made_below in ("model", "folded", "calibrated", "int8_model", "int8"):
         globals().pop(made_below, None)
 
@@ -1625,7 +1644,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     checkpoint = resolve_path(constants["CHECKPOINT"])
     model = load_checkpoint(checkpoint)
-    fp32_file = checkpoint.read_bytes()
+    fp32_bytes = checkpoint.read_bytes()
     print(model)
 
 # %% [markdown]
@@ -1703,7 +1722,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    int8_file = int8_checkpoint(int8_model)
+    int8_bytes = int8_checkpoint(int8_model)
     skipped = {display_path(pictures.folder / file): reason
                for pictures in (calibration, evaluation)
                for file, reason in pictures.skipped.items()}
@@ -1713,14 +1732,14 @@ if __name__ == "__main__":
         "device": str(device()), "ranges": ranges, "calibration_top1": calibrated.top1,
         "inputs": {"evaluation_crc": evaluation.checksum(),
                    "calibration_crc": calibration.checksum(),
-                   "checkpoint_crc": zlib.crc32(fp32_file)},
+                   "checkpoint_crc": zlib.crc32(fp32_bytes)},
         "images": {"evaluated": len(int8.files), "calibrated": len(calibrated.files)},
         "skipped": [{"file": file, "reason": reason} for file, reason in sorted(skipped.items())],
         "engines": engines, "layers": layers, "logit_changes": changes,
         "batch_timed": len(batch), "busy": busy,
         "speedup": ms["fp32"] / ms["int8"], **compare(fp32, int8)}
-    report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_file)}
-    report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(int8_file)}
+    report["fp32"] |= {"ms_per_image": ms["fp32"], "file_bytes": len(fp32_bytes)}
+    report["int8"] |= {"ms_per_image": ms["int8"], "file_bytes": len(int8_bytes)}
     print_summary(report)
 
 # %% [markdown]
@@ -1730,11 +1749,11 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    loaded = INT8_Model.load(io.BytesIO(int8_file))
-    changes["saving and loading"] = check_unchanged(
+    loaded = INT8_Model.load(io.BytesIO(int8_bytes))
+    report["logit_changes"]["saving and loading"] = check_unchanged(
         "saving and loading", int8_model, loaded, pixels, 0)
     report_json = (json.dumps(report, indent=1) + "\n").encode()
-    write_files(output, {"INT8_checkpoint.pth.tar": int8_file, "report.json": report_json})
+    write_files(output, {"INT8_checkpoint.pth.tar": int8_bytes, "report.json": report_json})
     print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json")
     print_runs(add_run(output / "runs.csv", run_row(report)))
 

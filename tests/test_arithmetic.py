@@ -397,7 +397,7 @@ def test_largest_sums_and_table(case):
     rows = [dict(zip(table, row)) for table in [script.layer_table(case.int8)] for row in zip(*table.values())]
     for layer, row in zip(LAYERS, rows, strict=True):
         bounds = oracle.largest_totals(case.recipe, layer.name, case.integers)
-        np.testing.assert_array_equal(case.int8.int8_layer(layer).largest_sum.cpu(), bounds)
+        np.testing.assert_array_equal(case.int8.runner(layer).largest_sum.cpu(), bounds)
         totals = np.abs(np.moveaxis(case.totals[layer.output], 1, 0)).reshape(len(bounds), -1).max(1)
         assert (totals <= bounds).all()
         wq, _, w_scale = case.integers[layer.name]
@@ -569,17 +569,17 @@ def test_sums_beyond_24_bits_are_exact():
     # sum and bias are each rounded to float32, which above 2^24 holds every second integer
     exact = sums.astype(np.float32) + (middle - sums).astype(np.float32)
     np.testing.assert_array_equal(found["fc1"], np.tile(exact, (8, 1)))
-    largest = int8.int8_layer(LAYERS[4]).largest_sum
+    largest = int8.runner(LAYERS[4]).largest_sum
     np.testing.assert_array_equal(largest.cpu(), oracle.largest_totals(default(), "fc1", integers_of(int8)))
     assert int(largest.max()).bit_length() == 26
 
 @pytest.mark.parametrize("layer, operation", [(LAYERS[0], "conv2d"), (LAYERS[4], "linear")])
 def test_a_gpu_whose_products_are_not_whole(layer, operation, calibrated, monkeypatch):
     """A convolution that is computed by a transform gives sums a little off in FP64: they are rounded."""
-    run_layer = calibrated.cl_scale(as_constants(default())).int8_layer(layer)
+    run_layer = calibrated.cl_scale(as_constants(default())).runner(layer)
     x = torch.randint(0, 256, (2, *run_layer.weight.shape[1:]), dtype=torch.uint8)
     expected = run_layer.sums(x)
-    run_layer.fits_fp32, run_layer.weight = False, run_layer.weight.double()
+    run_layer.use_fp32, run_layer.weight = False, run_layer.weight.double()
     exact = getattr(script.F, operation)
     monkeypatch.setattr(script.F, operation, lambda *arguments: exact(*arguments) + 1e-3)
     assert torch.equal(run_layer.sums(x), expected)

@@ -337,7 +337,7 @@ def follow(folded, int8_model, pixels, layer, spot):
     int8_layer, factor = int8_model.get_submodule(layer.name), factors[layer.output][channel].item()
     int8_weight = int8_layer.weight[channel]
     total = (q.long() * int8_weight.long()).sum()
-    rescale, result = int8_model.int8_layer(layer), integers[layer.output][0][spot]
+    rescale, result = int8_model.runner(layer), integers[layer.output][0][spot]
     multiplier, offset = rescale.multiplier[channel], rescale.offset[channel]
     to, scale_out = int8_model.integers[layer.output], None
     if not int8_model.is_fp32(layer.output):

@@ -164,7 +164,8 @@ def unknown_name(name, known):
     """The InputError for a name that is not among the known ones; it suggests the nearest."""
     names = {each.casefold(): each for each in known}
     near = difflib.get_close_matches(name.casefold(), names, 1)
-    hint = f"did you mean {names[near[0]]}?" if near else "--help lists them, as LEGAL does"
+    hint = (f"did you mean {names[near[0]]}?" if near else
+            "LEGAL and --help list them; write NAME=value without spaces, or quote it")
     return InputError(f"{name}: no constant of this name, {hint}")
 
 def check_legal(constants, names):
@@ -982,7 +983,7 @@ def choose_engine(int8_model, layer, x, expected):
     seconds = time_in_turns({"kernel": runner.run_kernel, "reference": runner.reference},
                             x[:BATCH_SIZE], rounds=5)
     if overflows:
-        row["why"] = "the kernel overflows on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
+        row["why"] = "the kernel can overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
     elif row["different"]:
         row["why"] = "the kernel gives other integers here"
     elif min(seconds["kernel"]) > min(seconds["reference"]):
@@ -1506,8 +1507,8 @@ def print_summary(report):
     if report["inputs"]["evaluation_crc"] == report["inputs"]["calibration_crc"]:
         print("Calibration and evaluation use the same pictures: the ranges look better than they\n"
               "are, and HEADROOM seems useless.")
-    print(f"{len(report['flips'])} pictures changed their class, {len(report['skipped'])} files "
-          "were left out; see report.json")
+    print(f"pictures that changed their class: {len(report['flips'])}; files left out: "
+          f"{len(report['skipped'])}; see report.json")
     for flip in report["flips"][:LISTED]:
         print(f"  {shorten(flip['file'], 34)} ({flip['label']}), {flip['effect']}, "
               f"FP32's margin {flip['fp32_margin']:.3f}")
@@ -1583,9 +1584,12 @@ def print_runs(rows):
 
     Constants have a column where they differ. > marks the last run, * the best SQNR.
     """
-    same = [row for row in rows if all(row[name] == rows[-1][name] for name in
-                                       ("evaluation_crc", "checkpoint_crc"))][-RUNS_LISTED:]
-    columns = {"run": [f"{'>' if row is rows[-1] else ''}{i}" for i, row in enumerate(same, 1)]}
+    columns, same = {"run": []}, []
+    for number, row in enumerate(rows, 1):
+        if all(row[name] == rows[-1][name] for name in ("evaluation_crc", "checkpoint_crc")):
+            columns["run"].append(f">{number}" if row is rows[-1] else str(number))
+            same.append(row)
+    columns["run"], same = columns["run"][-RUNS_LISTED:], same[-RUNS_LISTED:]
     for name in [*LEGAL, "calibration_crc"]:
         cells = [row[name] for row in same]
         # the folder's column already shows that the pictures differ

@@ -115,7 +115,7 @@ def test_summary_is_at_most_80_characters_wide(crowded, capsys):
     effects = [sum(line.endswith(f" (dog), {effect}, FP32's margin 12.345") for line in lines)
                for effect in ("corrected", "broken", "still wrong")]
     assert effects == [7, 7, 6] and script.LISTED == 20
-    assert "27 pictures changed their class, 27 files were left out; see report.json" in lines
+    assert "pictures that changed their class: 27; files left out: 27; see report.json" in lines
     assert sum("..." in line for line in lines) >= 20 + 20 / 9 * 7
 
 def test_names_that_would_move_the_cursor():
@@ -126,4 +126,4 @@ def test_names_that_would_move_the_cursor():
 def test_lists_are_cut_in_the_terminal_and_whole_in_the_report(crowded):
     report, out = crowded
     assert len(report["skipped"]) == 30 and out.count("/val/bird.") == 20
-    assert f"\n{len(report['flips'])} pictures changed their class, 30 files were left out; see report.json\n" in out
+    assert f"\npictures that changed their class: {len(report['flips'])}; files left out: 30; see report.json\n" in out

@@ -546,7 +546,7 @@ def main():
                             "int8": len(script.int8_checkpoint(int8_model))}
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR "
           f"{with_unit(report['logit_sqnr_db'])}; "
-          f"{len(report['flips'])} pictures changed their class")
+          f"pictures that changed their class: {len(report['flips'])}")
     report["hints"] = hints(report, folded, int8_model)
     for hint in report["hints"]:
         print(textwrap.fill(f"Hint: {hint}", 80))

@@ -28,7 +28,7 @@ def hints(report, folded, int8_model):
         (clipped, f"BIAS_BIT = {bias_bit} clips biases ({clipped}): more bits avoid it."),
         (sqnr is not None and sqnr < script.LOW_SQNR,
          f"Logit SQNR is below {script.LOW_SQNR} dB: see where the error arises.{strongest}"),
-        (silent, f"Channels that were never active in calibration: {silent}."),
+        (silent, f"Channels never active in calibration (often harmless): {silent}."),
         (images["calibrated"] < script.SAMPLE,
          f"Only {images['calibrated']} calibration pictures: other pictures may exceed their "
          f"ranges. {script.SAMPLE} or more are better.")]

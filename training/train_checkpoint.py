@@ -44,30 +44,33 @@ PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels
 TRAINING_SEEDS = 1_000_000_000          # drawings of the training set start at this seed
 
 
+CONVOLUTIONS = [layer for layer in script.LAYERS if layer.is_conv]
+
+
 class TrainingNet(nn.Module):
-    """The notebook's CNN with its state-dict names, and with pooling before batch norm (see above)."""
+    """The layers and state-dict names of `CNN_Model`, with pooling before batch norm (see above)."""
 
     def __init__(self, dropout):
         super().__init__()
-        channels = [(3, 16, 5), (16, 32, 5), (32, 16, 3), (16, 8, 3)]
-        for i, (c_in, c_out, kernel) in enumerate(channels, 1):
-            setattr(self, f"cnn{i}", nn.Conv2d(c_in, c_out, kernel))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(c_out))
-        self.fc1 = nn.Linear(8 * 11 * 11, 512)
-        self.fc2 = nn.Linear(512, 2)
+        model = script.CNN_Model()
+        for layer in CONVOLUTIONS:
+            self.add_module(layer.name, model.get_submodule(layer.name))
+            self.add_module(layer.bn, model.get_submodule(layer.bn))
+        self.fc1 = nn.Linear(model.fc1.in_features, model.fc1.out_features)
+        self.fc2 = nn.Linear(model.fc2.in_features, model.fc2.out_features)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):                                   # normalized pixels, (N, 3, 224, 224)
-        for i in range(1, 5):
-            x = F.max_pool2d(getattr(self, f"cnn{i}")(x), 2)
-            x = F.relu(getattr(self, f"bn{i}")(x))
+        for layer in CONVOLUTIONS:
+            x = F.max_pool2d(self.get_submodule(layer.name)(x), 2)
+            x = F.relu(self.get_submodule(layer.bn)(x))
         x = self.fc1(self.dropout(x.flatten(1)))            # no ReLU after fc1, as in the notebook
         return self.fc2(self.dropout(x))                    # (N, 2): cat, dog
 
     @torch.no_grad()
     def keep_gamma_positive(self):
-        for i in range(1, 5):
-            getattr(self, f"bn{i}").weight.clamp_(min=1e-2)
+        for layer in CONVOLUTIONS:
+            self.get_submodule(layer.bn).weight.clamp_(min=1e-2)
 
 
 def photographs(path):
@@ -278,7 +281,7 @@ def train(args, parser):
     if args.start:
         start = script.load_checkpoint(args.start).state_dict()
         model.load_state_dict(unfold_normalization(start), strict=False)
-        if any((start[f"bn{i}.weight"] <= 0).any() for i in range(1, 5)):
+        if any((start[f"{layer.bn}.weight"] <= 0).any() for layer in CONVOLUTIONS):
             print("some gammas are not positive: these channels start anew")
         model.keep_gamma_positive()
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=moving_average, use_buffers=True)

@@ -637,7 +637,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     reasons = {row["file"]: row["reason"] for row in report["skipped"]}
     expected = {name: words for name, (_, words) in bad.items()} | {"cat.pipe.jpg": "is not a file"} | {
         f"dog.link{i}.jpg": words for i, words in enumerate(links.values())}
-    assert set(reasons) == {f"cat_dog/val/{name}" for name in expected} and " 12 files were left out" in out
+    assert set(reasons) == {f"cat_dog/val/{name}" for name in expected} and "files left out: 12;" in out
     assert all(words in reasons[f"cat_dog/val/{name}"] for name, words in expected.items())
     assert all(script.shorten(name, 78) in out for name in reasons)
     good = usual[1]
@@ -649,7 +649,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     report, out = place.report()
     assert {row["file"].replace("train", "val"): row["reason"].replace("cat_dog/train", "cat_dog/val")
             for row in report["skipped"]} == reasons
-    assert report["images"] == {"evaluated": 6, "calibrated": 6} and " 12 files were left out" in out
+    assert report["images"] == {"evaluated": 6, "calibrated": 6} and "files left out: 12;" in out
 
 def test_two_folders_of_one_name_have_their_own_left_out_files(place):
     for kind, split, words in (("a", place.train, "no picture"), ("b", place.val, "no picture either")):
@@ -657,7 +657,7 @@ def test_two_folders_of_one_name_have_their_own_left_out_files(place):
         (place.folder / kind / "val" / "cat.9.jpg").write_text(words)
     report, out = place.report(DATA_DIR=".", CALIBRATION_SPLIT="a/val", EVALUATION_SPLIT="b/val")
     expected = ["a/val/cat.9.jpg", "b/val/cat.9.jpg"]
-    assert [row["file"] for row in report["skipped"]] == expected and " 2 files were left out" in out
+    assert [row["file"] for row in report["skipped"]] == expected and "files left out: 2;" in out
     assert all(f"{place.folder}/{file}" in row["reason"] for file, row in zip(expected, report["skipped"]))
 
 @pytest.mark.parametrize("split", ["train", "val"])

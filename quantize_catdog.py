@@ -1349,10 +1349,11 @@ def evaluate(name, model, pictures, observe=no_observer):
     start = reported = time.perf_counter()
     decoded_together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
     loader = DataLoader(pictures, decoded_together, collate_fn=pictures.collate_fn)
+    run_on = device()
     for decoded, their_labels in loader:
         for first in range(0, len(decoded), BATCH_SIZE):
             batch = slice(first, first + BATCH_SIZE)
-            answers = model(decoded[batch].to(device()), observe).cpu()
+            answers = model(decoded[batch].to(run_on), observe).cpu()
             meter.add(answers, their_labels[batch])
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()

@@ -349,7 +349,8 @@ class CatDogDataset(Dataset):
 
     Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
     few hold both classes if the names are numbered. What cannot be decoded is left out of its
-    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given.
+    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given. Raises InputError
+    where no picture is usable.
     """
 
     def __init__(self, folder, size=None):
@@ -686,7 +687,10 @@ class CNN_Model(nn.Module):
 
     @torch.no_grad()
     def cl_scale(self, recipe):
-        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model."""
+        """Calculate the scales from the ranges, quantize the weights, return the INT8_Model.
+
+        Raises InputError for an illegal recipe, and where a range overflows FP32.
+        """
         if isinstance(self.bn1, nn.BatchNorm2d):
             raise InputError("fold the batch norms first: model.fused()")
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
@@ -732,7 +736,7 @@ class INT8_Model(nn.Module):
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
     value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
     output channel). `CNN_Model.cl_scale` or a checkpoint fills them in. After a change of any of
-    them call `prepare` or `choose_engines` again.
+    them call `prepare` or `choose_engines` again. Raises InputError for an illegal recipe.
     """
 
     def __init__(self, recipe):
@@ -834,7 +838,8 @@ class INT8_Model(nn.Module):
     def predict(self, picture):
         """A picture -> ("cat" or "dog", [cat's logit, dog's logit]); several -> a list of these.
 
-        picture: what `decode` takes, or a list, tuple or iterator of such.
+        picture: what `decode` takes, or a list, tuple or iterator of such. Raises InputError, as
+        `decode` does, with the picture's name.
         """
         is_one = isinstance(picture, (str, bytes, np.ndarray)) or hasattr(picture, "read")
         if is_one or not hasattr(picture, "__iter__"):
@@ -1160,6 +1165,7 @@ def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
 
     The first is `folded`, or an equalized copy. pixels: calibration pictures, uint8 (n, 3, h, w).
+    Raises InputError as `cl_scale` does.
     """
     if set(folded.ranges) != set(ACTIVATIONS):
         raise InputError("calibrate first: calibrate(folded, pictures) observes the ranges")

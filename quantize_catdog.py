@@ -190,7 +190,8 @@ def read_constants(names=tuple(LEGAL)):
     """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
     constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
     # a misspelt constant in the file would have no effect
-    misspelt = set(re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())) - set(LEGAL)
+    written = re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())
+    misspelt = [name for name in written if name not in LEGAL]
     check_legal(constants | dict.fromkeys(misspelt), names)
     return constants
 
@@ -985,17 +986,16 @@ def choose_engine(int8_model, layer, x, expected):
     except (AttributeError, RuntimeError):
         return row | {"why": "torch has no kernel for it here"}
     row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
+    if overflows:
+        why = "the kernel can overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
+        return row | {"why": why}
+    if row["different"]:
+        return row | {"why": "the kernel gives other integers here"}
     seconds = time_in_turns({"kernel": runner.run_kernel, "reference": runner.reference},
                             x[:BATCH_SIZE], rounds=5)
-    if overflows:
-        row["why"] = "the kernel can overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
-    elif row["different"]:
-        row["why"] = "the kernel gives other integers here"
-    elif min(seconds["kernel"]) > min(seconds["reference"]):
-        row["why"] = "exact, and faster here than the kernel"
-    else:
-        row |= {"engine": "onednn", "why": "exact, and faster here than the reference"}
-    return row
+    if min(seconds["kernel"]) > min(seconds["reference"]):
+        return row | {"why": "exact, and faster here than the kernel"}
+    return row | {"engine": "onednn", "why": "exact, and faster here than the reference"}
 
 @torch.inference_mode()
 def choose_engines(int8_model, pixels=None):
@@ -1573,7 +1573,7 @@ def add_run(path, row):
         file.write(added.encode())
     rows, unreadable = [], 0
     for line in text.splitlines():
-        if not line or f"{line}\n" == header:       # two first runs at once write two headers
+        if not line.strip() or f"{line}\n" == header:   # two first runs at once write two headers
             continue
         try:
             cells = dict(zip(row, next(csv.reader([line])), strict=True))
@@ -1591,12 +1591,12 @@ def print_runs(rows):
 
     Constants have a column where they differ. > marks the last run, * the best SQNR.
     """
-    columns, same = {"run": []}, []
-    for number, row in enumerate(rows, 1):
-        if all(row[name] == rows[-1][name] for name in ("evaluation_crc", "checkpoint_crc")):
-            columns["run"].append(f">{number}" if row is rows[-1] else str(number))
-            same.append(row)
-    columns["run"], same = columns["run"][-RUNS_LISTED:], same[-RUNS_LISTED:]
+    last = rows[-1]
+    numbered = [(number, row) for number, row in enumerate(rows, 1)
+                if row["evaluation_crc"] == last["evaluation_crc"]
+                and row["checkpoint_crc"] == last["checkpoint_crc"]][-RUNS_LISTED:]
+    columns = {"run": [f">{number}" if row is last else str(number) for number, row in numbered]}
+    same = [row for _, row in numbered]
     for name in [*LEGAL, "calibration_crc"]:
         cells = [row[name] for row in same]
         # the folder's column already shows that the pictures differ
@@ -1609,7 +1609,7 @@ def print_runs(rows):
     columns["SQNR dB"] = [cell + ("*" if float(row["sqnr_db"]) == best else " ")
                           for cell, row in zip(columns["SQNR dB"], same)]
     print("\nThe last runs on these evaluation pictures and weights, FP32 Top-1 "
-          f"{rows[-1]['fp32_top1']} %\n"
+          f"{last['fp32_top1']} %\n"
           "(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)")
     print_columns(columns)
 

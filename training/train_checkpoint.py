@@ -42,8 +42,6 @@ import quantize_catdog as script  # noqa: E402
 
 PIXEL_MEAN, PIXEL_STD = 120.0, 64.0     # of the raw 0..255 pixels, all channels alike
 TRAINING_SEEDS = 1_000_000_000          # drawings of the training set start at this seed
-
-
 CONVOLUTIONS = [layer for layer in script.LAYERS if layer.is_conv]
 
 

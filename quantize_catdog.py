@@ -18,23 +18,22 @@ it calculates scales, rounds weights and biases to integers, and then multiplies
     verify      check this CPU's INT8 kernels against exact results   which layers use them
     evaluate    layer by layer: integer products, int32 sums, rescale FP32   logits (N, 2)
     compare     which answers changed, and could it be chance?        a summary
-    save        the INT8 network, the report, a row in a table        results/
+    save        the INT8 network and the report                       results/
 
 The run at the end has these steps in this order; what it calls is defined above it. Edit a constant
 in the file, or set it for one run on the command line: a preset, then NAME=value. --help lists all.
 
     python quantize_catdog.py plain GPTQ=True
 
-The script is also a notebook: Jupytext turns what follows each `# %%` into a cell. It was ported
-from one, whose names it keeps. tools/explain.py shows why answers changed.
+tools/runs.py compares the runs, tools/explain.py shows why answers changed. The script is also a
+notebook: Jupytext turns what follows each `# %%` into a cell. It was ported from one, whose names
+it keeps.
 """
 
 # %%
 import ast
 import copy
-import csv
 import difflib
-import glob
 import io
 import json
 import math
@@ -42,15 +41,14 @@ import os
 import re
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 if __name__ == "__main__":      # libraries read these when they are imported
@@ -64,7 +62,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchnet.meter as tnt
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 
 # %% [markdown]
@@ -78,7 +76,7 @@ DATA_DIR = "cat_dog"                    # folder that holds the splits
 CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ranges
 EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
 CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
-OUTPUT_DIR = "results"                  # folder for the INT8 network, report.json and runs.csv
+OUTPUT_DIR = "results"                  # folder for the INT8 network and the reports
 BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
 DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
@@ -116,35 +114,30 @@ def one_of(*choices):       # compared by repr, since 1 == True
     return " or ".join(map(repr, choices)), lambda value: repr(value) in map(repr, choices)
 
 def is_image_size(value):
-    is_side = whole(212, 227)[1]
-    return isinstance(value, tuple) and len(value) == 2 and all(map(is_side, value))
+    return type(value) is tuple and len(value) == 2 and all(map(whole(212, 227)[1], value))
 
-def is_layer_bits(value):
-    names, is_bits = [layer.name for layer in LAYERS], whole(2, 8)[1]       # LAYERS: see below
-    return isinstance(value, dict) and all(
-        name in names and is_bits(bit) for name, bit in value.items())
+def is_layer_bits(value):       # LAYERS is defined with the network
+    names, is_bits = [layer.name for layer in LAYERS], whole(2, 8)[1]
+    return type(value) is dict and all(k in names and is_bits(bit) for k, bit in value.items())
 
-BOOL = one_of(True, False)
-PATH = ("the name of a file or folder",
-        lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value)
+BOOL, TEXT = one_of(True, False), ("a text", lambda value: type(value) is str and value.strip())
 LEGAL_RECIPE = {
     "IMAGE_SIZE": ("(width, height), each a whole number from 212 to 227", is_image_size),
     "BIT": whole(2, 8), "WEIGHT_BIT": whole(2, 8),
-    "LAYER_BITS": ('bits from 2 to 8 for layers cnn1 to cnn4, fc1, fc2, such as {"fc1": 4}',
-                   is_layer_bits),
+    "LAYER_BITS": ('bits from 2 to 8 of layers, such as {"fc1": 4}', is_layer_bits),
     "PER_CHANNEL": BOOL, "UNSIGNED_RELU": BOOL, "BIAS_BIT": whole(2, 32), "QUANTIZE_LOGITS": BOOL,
     "HEADROOM": ("a number from 1 to 16",
                  lambda value: type(value) in (int, float) and 1 <= value <= 16),
     "EQUALIZE": BOOL, "GPTQ": BOOL, "BIAS_CORRECTION": BOOL}
 LEGAL = {
-    "DATA_DIR": PATH, "CALIBRATION_SPLIT": PATH, "EVALUATION_SPLIT": PATH, "CHECKPOINT": PATH,
-    "OUTPUT_DIR": PATH, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
+    "DATA_DIR": TEXT, "CALIBRATION_SPLIT": TEXT, "EVALUATION_SPLIT": TEXT, "CHECKPOINT": TEXT,
+    "OUTPUT_DIR": TEXT, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
     "DEVICE": one_of("auto", "cpu", "cuda"),
     "INT8_ENGINE": one_of("auto", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
 # How constants are read. Bad input raises an `InputError`: one line that says what is wrong, where,
-# and what to do.
+# and what to do. Last come the settings that a run changes in its process.
 
 # %%
 def printable(text):
@@ -160,24 +153,17 @@ class InputError(Exception):
     def _render_traceback_(self):       # what Jupyter shows beneath the cell
         return [f"InputError: {self}"]
 
-def unknown_name(name, known):
-    """The InputError for a name that is not among the known ones; it suggests the nearest."""
-    names = {each.casefold(): each for each in known}
-    near = difflib.get_close_matches(name.casefold(), names, 1)
-    hint = (f"did you mean {names[near[0]]}?" if near else
-            "LEGAL and --help list them; write NAME=value without spaces, or quote it")
-    return InputError(f"{name}: no constant of this name, {hint}")
-
 def check_legal(constants, names):
     """Raise InputError unless {constant: value} has exactly these names, with legal values."""
-    for name in constants:
+    for name in [*constants, *names]:
         if name not in names:
-            raise unknown_name(str(name), names)
-    for name in names:
-        words, allows = LEGAL[name]
+            near = difflib.get_close_matches(str(name).upper(), names, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help and LEGAL list them"
+            raise InputError(f"{name}: no constant of this name, {hint}")
+        words, is_legal = LEGAL[name]
         if name not in constants:
             raise InputError(f"{name} is missing: set it to {words}")
-        if not allows(constants[name]):
+        if not is_legal(constants[name]):
             raise InputError(f"{name} = {constants[name]!r}: set it to {words}")
 
 def constants_block():
@@ -191,43 +177,36 @@ def read_constants(names=tuple(LEGAL)):
     constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
     # a misspelt constant in the file would have no effect
     written = re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())
-    misspelt = [name for name in written if name not in LEGAL]
-    check_legal(constants | dict.fromkeys(misspelt), names)
+    check_legal(constants | dict.fromkeys(name for name in written if name not in LEGAL), names)
     return constants
 
 def set_constants(words, doc):
-    """Set constants from the words of a command line. Each is a preset or NAME=value.
+    """Set constants from the words of a command line: presets, applied first, and NAME=value.
 
-    A value is a Python literal, or else a text. Presets are applied first, wherever they stand.
-    --help prints `doc`, the docstring of the program, all constants and the presets, and exits.
+    A value is a Python literal, or else a text. --help prints `doc`, the docstring of the program,
+    and the constants, and exits. Raises InputError for any other word.
     """
     if {"--help", "-h"} & set(words):
         print(f"{doc}\nThe constants:\n{constants_block()}\nTheir legal values:\n")
-        for name, (legal, _) in LEGAL.items():
-            print(f"{name:<18} {legal}")
-        for preset, changes in PRESETS.items():
-            changed = " ".join(f"{name}={value}" for name, value in changes.items())
-            print(textwrap.fill(f"preset {preset}: {changed}", 80, subsequent_indent="    "))
+        print("\n".join(f"{name:<18} {legal}" for name, (legal, _) in LEGAL.items()))
+        print("\n".join(f"preset {name}: {changes}" for name, changes in PRESETS.items()))
         sys.exit()
+    given = {}
     for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
         if word in PRESETS:
-            globals().update(PRESETS[word])
+            given |= PRESETS[word]
             continue
-        name, _, text = map(str.strip, word.partition("="))
-        if name not in LEGAL:
-            raise unknown_name(name, [*PRESETS, *LEGAL])
+        name, _, text = word.partition("=")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        except Exception:       # what is not a literal raises many types
             value = text        # a word without quotes, such as a folder's name
-        if isinstance(globals()[name], str) and not isinstance(value, str):
+        if isinstance(globals().get(name), str) and not isinstance(value, str):
             value = text        # a folder may be called 2024
-        globals()[name] = value
+        given[name] = value
+    check_legal(read_constants() | given, LEGAL)
+    globals().update(given)
 
-# %% [markdown]
-# Paths, the device, and the settings that a run changes in its process.
-
-# %%
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
 
 def resolve_path(*names):
@@ -261,21 +240,12 @@ def prepare_process():
 # %%
 CLASSES = ("cat", "dog")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS runs a program
-TURN = Image.Transpose
-# what makes a picture upright, by the orientation in its EXIF data
-UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
-           5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-# Threads decode at most MOST_PIXELS pixels at one time. The lock lets one of them at a time collect
-# its permits: two that had half of theirs would wait for each other
-MOST_PIXELS, PERMIT_PIXELS = 2**26, 2**22
-PERMITS, TAKING = threading.Semaphore(MOST_PIXELS // PERMIT_PIXELS), threading.Lock()
+MOST_PIXELS = 2**26     # of a picture
+LARGE_PIXELS, LARGE = 2**23, threading.Lock()   # larger pictures are decoded one at a time
 KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
 
 def label_of(path):
-    """The index in CLASSES of the class that a path names; InputError where it names none or two.
-
-    The file's name is searched first, then the folders, from the nearest up.
-    """
+    """The index in CLASSES of the class that a file's name says, or else its nearest folder's."""
     for part in reversed(Path(path).parts):
         words = re.findall(r"[^\W\d_]+", part.casefold())
         named = [name for name in CLASSES if {name, f"{name}s"} & set(words)]
@@ -288,13 +258,9 @@ def label_of(path):
 def to_rgb(image):
     """A loaded Pillow picture of any mode as RGB, as a viewer shows it, upright, on white."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        image = ImageOps.exif_transpose(image)
     except Exception:       # EXIF data may hold anything; the pixels are fine
-        orientation = None
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
+        pass
     if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))
@@ -306,36 +272,22 @@ def to_rgb(image):
 def decode(picture, size):
     """A picture -> uint8 (height, width, 3), RGB, of size (width, height).
 
-    picture: a path, the bytes of a file or a file object, in one of FORMATS; a Pillow picture; or
-    an array, uint8 (h, w), (h, w, 3) or (h, w, 4). Resized with Pillow's default filter (bicubic),
-    as in the notebook. An animation gives its first frame. Raises InputError, whose text is written
-    to follow the picture's name.
+    picture: a path, a file object or the bytes of a file in one of FORMATS; a Pillow picture; or an
+    array, uint8 (h, w), (h, w, 3) or (h, w, 4). Resized with Pillow's default filter (bicubic), as
+    in the notebook. Raises InputError, whose text is to follow the picture's name.
     """
     try:
-        if isinstance(picture, bytes):
-            picture = io.BytesIO(picture)
-        elif isinstance(picture, (str, Path)) and os.path.exists(picture):
-            if not os.path.isfile(picture):     # reading a pipe, say, would wait for ever
-                raise InputError("is not a file")
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         elif not isinstance(picture, Image.Image):
-            picture = Image.open(picture, formats=FORMATS)
+            file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+            picture = Image.open(file, formats=FORMATS)
         pixels = picture.width * picture.height
         if pixels > MOST_PIXELS:
             raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
-        # a PPM of mode I has 16-bit pixels
-        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
-            raise InputError("has 32-bit pixels, and nothing says which value is white")
-        permits = math.ceil(pixels / PERMIT_PIXELS)
-        with TAKING:
-            for _ in range(permits):
-                PERMITS.acquire()
-        try:
+        with LARGE if pixels > LARGE_PIXELS else nullcontext():
             picture.load()
             return np.array(to_rgb(picture).resize(size))
-        finally:
-            PERMITS.release(permits)
     except InputError:
         raise
     except Exception as error:      # decoders raise nearly every type on broken bytes
@@ -348,10 +300,9 @@ def decode(picture, size):
 class CatDogDataset(Dataset):
     """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
 
-    Ordered by the numbers in the path, then by path: cat.0, dog.0, cat.1, ..., so that the first
-    few hold both classes if the names are numbered. What cannot be decoded is left out of its
-    batch; `skipped` says why. size: (width, height), IMAGE_SIZE unless given. Raises InputError
-    where no picture is usable.
+    Ordered by the numbers in the path: cat.0, dog.0, cat.1, ..., so that the first few hold both
+    classes. What cannot be decoded is left out of its batch; `skipped` says why. size: (width,
+    height), IMAGE_SIZE unless given. Raises InputError where no picture is usable.
     """
 
     def __init__(self, folder, size=None):
@@ -359,15 +310,14 @@ class CatDogDataset(Dataset):
         self.files, self.labels = [], []
         self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
         found = []
-        def cannot_list(error):
-            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
-
-        for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
+        for parent, folders, names in os.walk(self.folder):
             folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
             found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
         found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))
         for file in found:
             try:
+                if not (self.folder / file).is_file():      # reading a pipe would wait for ever
+                    raise InputError("is not a file")
                 self.labels.append(label_of(file))
                 self.files.append(file)
             except InputError as error:
@@ -378,12 +328,9 @@ class CatDogDataset(Dataset):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
         usable = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not usable:
-            reasons = sorted(f", e.g. {file}: {reason}" for file, reason in self.skipped.items())
-            parent, split = os.path.split(self.folder)      # DATA_DIR may be one folder too high
-            below = sorted(glob.glob(f"{glob.escape(parent)}/*/{glob.escape(split)}"))
-            advice = (f"set DATA_DIR to {os.path.dirname(below[0])}?" if below else
-                      "put cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
-            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: {advice}")
+            reasons = [f", e.g. {file} {reason}" for file, reason in self.skipped.items()]
+            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
+                             "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
         return usable
 
     def __str__(self):
@@ -396,15 +343,14 @@ class CatDogDataset(Dataset):
     def __getitem__(self, index):
         if items := self.__getitems__([index]):
             return items[0]
-        file = self.files[index]
-        raise InputError(f"{self.folder / file} {self.skipped[file]}")
+        raise InputError(f"{self.files[index]} {self.skipped[self.files[index]]}")
 
     def __getitems__(self, indices):
         """The items of a batch, for DataLoader: decoded in threads, without undecodable ones."""
         with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow releases the GIL
-            decoded = list(pool.map(self.decode_file, [self.files[i] for i in indices]))
-        return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
-                for i, pixels in zip(indices, decoded) if pixels is not None]
+            decoded = pool.map(self.decode_file, [self.files[i] for i in indices])
+            return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
+                    for i, pixels in zip(indices, decoded) if pixels is not None]
 
     def decode_file(self, file):
         """A file's pixels, uint8 (height, width, 3); None where decoding fails, now or before."""
@@ -432,9 +378,8 @@ class CatDogDataset(Dataset):
         """uint8 (n, 3, height, width) of the first usable pictures, at most `count`."""
         items = []
         for start in range(0, len(self), count):
-            items += self.__getitems__(range(start, min(start + count, len(self))))
-            if len(items) >= count:
-                break
+            if len(items) < count:
+                items += self.__getitems__(range(start, min(start + count, len(self))))
         self.usable()       # raises InputError if no picture is usable
         return self.collate_fn(items[:count])[0].to(device())
 
@@ -442,8 +387,7 @@ class CatDogDataset(Dataset):
         """CRC-32 of the labels and the bytes of the usable files, in order; names do not count."""
         crc = 0
         for file, label in self.usable():
-            content = (self.folder / file).read_bytes()
-            crc = zlib.crc32(content, zlib.crc32(bytes([label]), crc))
+            crc = zlib.crc32((self.folder / file).read_bytes(), crc + label)
         return crc
 
 # %% [markdown]
@@ -553,8 +497,7 @@ def layer_bit(recipe, layer):
 # connected layer's output (the last one, the logits, only with QUANTIZE_LOGITS). An observer
 # remembers the largest magnitude in each channel of an activation; the largest of these is its
 # range, from which its scale is calculated. Names are the notebook's: `cnn1` is a convolution,
-# `cv1` the output of its ReLU, and `fc1` both a layer and its output. Two of torch's layers are
-# changed a little.
+# `cv1` the output of its ReLU, and `fc1` both a layer and its output.
 
 # %%
 class Layer(NamedTuple):
@@ -583,12 +526,6 @@ ACTIVATIONS = ["input", *[layer.output for layer in LAYERS]]    # layer i reads 
 LOGITS = ACTIVATIONS[-1]
 FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
-def without_autocast(function):
-    """The function with torch.autocast (16-bit arithmetic) switched off inside it."""
-    for kind in ("cpu", "cuda"):
-        function = torch.autocast(kind, enabled=False)(function)
-    return function
-
 class Linear(nn.Linear):
     """Like torch's, but with one product per picture: its result does not depend on the batch.
 
@@ -599,13 +536,11 @@ class Linear(nn.Linear):
         weight = self.weight.t().expand(len(x), -1, -1)
         return torch.bmm(x[:, None], weight)[:, 0] + self.bias
 
-class MaxPool2d(nn.MaxPool2d):
+def maxpool(x):
     """2 x 2 maximum; an odd last row or column is dropped. torch's is slower and refuses uint8."""
-
-    def forward(self, x):
-        height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
-        x = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
-        return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    x = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
+    return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 # %% [markdown]
 # `forward` passes every activation through `observe(name, data)`, which returns it: `update_range`
@@ -632,36 +567,28 @@ class CNN_Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.cnn1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=5, stride=1, padding=0)
+        self.cnn1 = nn.Conv2d(3, 16, kernel_size=5)
         self.bn1 = nn.BatchNorm2d(16)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.maxpool1 = MaxPool2d(kernel_size=2)
-        self.cnn2 = nn.Conv2d(in_channels=16, out_channels=32, kernel_size=5, stride=1, padding=0)
+        self.cnn2 = nn.Conv2d(16, 32, kernel_size=5)
         self.bn2 = nn.BatchNorm2d(32)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.maxpool2 = MaxPool2d(kernel_size=2)
-        self.cnn3 = nn.Conv2d(in_channels=32, out_channels=16, kernel_size=3, stride=1, padding=0)
+        self.cnn3 = nn.Conv2d(32, 16, kernel_size=3)
         self.bn3 = nn.BatchNorm2d(16)
-        self.relu3 = nn.ReLU(inplace=True)
-        self.maxpool3 = MaxPool2d(kernel_size=2)
-        self.cnn4 = nn.Conv2d(in_channels=16, out_channels=8, kernel_size=3, stride=1, padding=0)
+        self.cnn4 = nn.Conv2d(16, 8, kernel_size=3)
         self.bn4 = nn.BatchNorm2d(8)
-        self.relu4 = nn.ReLU(inplace=True)
-        self.maxpool4 = MaxPool2d(kernel_size=2)
         self.fc1 = Linear(8 * 11 * 11, 512)
         self.fc2 = Linear(512, len(CLASSES))
         self.float()        # whatever torch's default dtype is
         self.ranges = {}
 
-    @without_autocast
+    @torch.autocast("cpu", enabled=False)       # not in 16 bits, wherever it is called
     def forward(self, x, observe=no_observer):
-        x = observe("input", x.float())                                         # (N, 3, 224, 224)
-        x = self.maxpool1(observe("cv1", self.relu1(self.bn1(self.cnn1(x)))))   # (N, 16, 110, 110)
-        x = self.maxpool2(observe("cv2", self.relu2(self.bn2(self.cnn2(x)))))   # (N, 32, 53, 53)
-        x = self.maxpool3(observe("cv3", self.relu3(self.bn3(self.cnn3(x)))))   # (N, 16, 25, 25)
-        x = self.maxpool4(observe("cv4", self.relu4(self.bn4(self.cnn4(x)))))   # (N, 8, 11, 11)
-        x = observe("fc1", self.fc1(x.flatten(1)))                              # (N, 512), no ReLU
-        return observe("fc2", self.fc2(x))                                      # (N, 2)
+        x = observe("input", x.float())                                 # (N, 3, 224, 224)
+        x = maxpool(observe("cv1", F.relu_(self.bn1(self.cnn1(x)))))    # (N, 16, 110, 110)
+        x = maxpool(observe("cv2", F.relu_(self.bn2(self.cnn2(x)))))    # (N, 32, 53, 53)
+        x = maxpool(observe("cv3", F.relu_(self.bn3(self.cnn3(x)))))    # (N, 16, 25, 25)
+        x = maxpool(observe("cv4", F.relu_(self.bn4(self.cnn4(x)))))    # (N, 8, 11, 11)
+        x = observe("fc1", self.fc1(x.flatten(1)))                      # (N, 512), no ReLU
+        return observe("fc2", self.fc2(x))                              # (N, 2)
 
     def reset_ranges(self):
         """Forget what was observed. The input's range is 255, however dark the pictures are."""
@@ -726,69 +653,160 @@ def activations_of(model, pixels):
 # ## The INT8 network
 # The same layers on integers. A layer multiplies and adds integers; then one FP32 multiplication
 # and addition, with factors per output channel, brings each sum to the scale of the next
-# activation. There are two engines: the *reference*, exact sums that are written out here, and
-# *onednn*, torch's INT8 kernels, which are fast and normally give the same integers; on some CPUs
-# they overflow.
+# activation. There are two engines: the *reference*, exact sums that are written out here, and the
+# *kernels*, torch's own INT8 functions, which are fast and normally give the same integers.
+
+# %%
+class INT8Layer(nn.Module):
+    """One layer on integers: clip(round(sums * M + offset)), or FP32 logits sums * M + offset.
+
+    Buffers: weight, int8 (out, ...); bias, int32 (out,); w_scale, FP32 (out,) or (1,). inputs,
+    outputs: IntRange, or None for FP32 outputs. `prepare` it before use and after each change.
+
+    The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
+    FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT), so
+    there the sums are computed in FP64 and rounded to the integer.
+    """
+
+    def __init__(self, shape, scales, inputs, outputs):
+        super().__init__()
+        self.is_conv, self.inputs, self.outputs = len(shape) == 4, inputs, outputs
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int32))
+        self.register_buffer("w_scale", torch.ones(scales, dtype=torch.float32))
+
+    def prepare(self, in_scale, out_scale, use_kernel=False):
+        """Calculate what `forward` needs. The scales are those of inputs and outputs, or 1."""
+        self.sum_scale = (in_scale * self.w_scale).expand(len(self.bias))     # of sums and bias
+        self.multiplier = (out_scale / self.sum_scale).contiguous()           # M
+        self.offset = self.bias * self.multiplier
+        self.use_fp32 = self.bias.device.type == "cpu" and bool(self.largest_sum().max() < 2**24)
+        self.float_weight = self.weight.to(torch.float32 if self.use_fp32 else torch.float64)
+        self.kernel = self.find_kernel() if use_kernel else None
+        return self
+
+    def largest_sum(self):
+        """Bound on |sum + bias|, (out,): each input at its largest, each sign at its worst."""
+        products = self.weight.long().abs().flatten(1).sum(1) * self.inputs.high
+        return products + self.bias.long().abs()
+
+    def forward(self, x):
+        """x: integers (N, C, h, w) or (N, C)."""
+        return self.reference(x) if self.kernel is None else self.run_kernel(x)
+
+    def reference(self, x):
+        return self.rescale(self.sums(x))
+
+    @torch.autocast("cpu", enabled=False)
+    def sums(self, x):
+        """The reference's sums of products in FP32."""
+        operation = F.conv2d if self.is_conv else F.linear
+        sums = operation(x.to(self.float_weight.dtype), self.float_weight)
+        return sums if self.use_fp32 else sums.round().float()
+
+    def rescale(self, sums):
+        """The reference's outputs, computed from these sums."""
+        multiplier = broadcast(self.multiplier, sums.dim() - 2)
+        offset = broadcast(self.offset, sums.dim() - 2)
+        if self.outputs is None:
+            return sums * multiplier + offset
+        return requantize(sums, multiplier, offset, self.outputs)
+
+    def find_kernel(self):
+        """(torch's kernel for this layer, its arguments after x).
+
+        It is given M as the scale of the weights, the offset as its bias, 1 as the scales of input
+        and output, and 0 as all zero points. Its own rescaling is then that of `requantize`.
+        """
+        scale, zero_point, zero_points = 1.0, 0, torch.zeros_like(self.bias)
+        if self.is_conv:
+            operation, dtype = torch.ops.onednn.qconv2d_pointwise.default, torch.uint8
+            geometry = [1, 1], [0, 0], [1, 1], 1        # stride, padding, dilation, groups
+            packed = torch.ops.onednn.qconv_prepack(
+                self.weight, self.multiplier, scale, zero_point, *geometry)
+        else:
+            operation, dtype = torch.ops.onednn.qlinear_pointwise.default, torch.int8
+            geometry, packed = (), torch.ops.onednn.qlinear_prepack(self.weight, None)
+        dtype = torch.float32 if self.outputs is None else dtype
+        relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
+        relu_scalars, relu_algorithm = [], ""           # other activation functions have some
+        inputs, weights = (scale, zero_point), (packed, self.multiplier, zero_points, self.offset)
+        outputs = scale, zero_point, dtype, relu, relu_scalars, relu_algorithm
+        return operation, (*inputs, *weights, *geometry, *outputs)
+
+    def run_kernel(self, x):
+        """The kernel's outputs. Raises RuntimeError where torch has none for this input."""
+        operation, arguments = self.kernel
+        # a convolution's kernel takes uint8; int8 inputs are never negative there: the same bytes
+        y = operation(x.view(torch.uint8) if self.is_conv else x, *arguments)
+        # the kernel clips at 0..255 or -128..127; narrower ranges, such as -127..127, follow here
+        if self.outputs is None or self.outputs.high == 255:
+            return y
+        return y.clip_(self.outputs.low, self.outputs.high).view(self.outputs.dtype)
+
+    def __getstate__(self):
+        """A copy or a pickle is without its kernel: it may be used on another CPU."""
+        return {**super().__getstate__(), "kernel": None}
+
+# %% [markdown]
+# The network is six of these layers, with a scale for each activation.
 
 # %%
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, height, width) -> FP32 logits (N, 2).
 
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
-    value); <layer>.weight (int8), <layer>.bias (int32), <layer>.w_scale (FP32, one value or one per
-    output channel). `CNN_Model.cl_scale` or a checkpoint fills them in. After a change of any of
-    them call `prepare` or `choose_engines` again. Raises InputError for an illegal recipe.
+    value) and those of the layers; `CNN_Model.cl_scale` or a checkpoint fills them in. After a
+    change of any call `prepare` or `choose_engines`. Raises InputError for an illegal recipe.
     """
 
     def __init__(self, recipe):
         super().__init__()
         check_legal(recipe, LEGAL_RECIPE)
-        self.recipe = copy.deepcopy(recipe)
+        self.recipe, self.is_prepared = copy.deepcopy(recipe), False
         # {activation: IntRange}: pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8
         signed = int_range(recipe["BIT"])
         positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
         self.integers = {"input": positive} | {
             layer.output: positive if layer.is_conv else signed for layer in LAYERS}
-        self.maxpool = MaxPool2d(kernel_size=2)
-        self.run = {}           # {layer's name: its INT8Layer}, see `prepare`
         for name in ACTIVATIONS:
             self.register_buffer(f"scale_{name}", torch.tensor(1, dtype=torch.float32))
         fp32_model = CNN_Model()                # for its shapes
         for layer in LAYERS:
             shape = fp32_model.get_submodule(layer.name).weight.shape
-            scales = torch.ones(shape[0] if recipe["PER_CHANNEL"] else 1, dtype=torch.float32)
-            module = nn.Module()
-            module.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
-            module.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int32))
-            module.register_buffer("w_scale", scales)
-            self.add_module(layer.name, module)
+            scales = shape[0] if recipe["PER_CHANNEL"] else 1
+            outputs = None if self.is_fp32(layer.output) else self.integers[layer.output]
+            self.add_module(layer.name,
+                            INT8Layer(shape, scales, self.integers[layer.input], outputs))
 
     def prepare(self, kernels=()):
-        """Build what runs each layer: a kernel for the layers named, else the reference."""
-        self.run = {layer.name: self.runner(layer, layer.name in kernels) for layer in LAYERS}
+        """Prepare all layers: those named use their kernels, the others the reference."""
+        for layer in LAYERS:
+            self.prepare_layer(layer, layer.name in kernels)
+        self.is_prepared = True
         return self
 
-    @property
-    def kernels(self):
-        """The names of the layers that are prepared with a kernel."""
-        return [name for name, runner in self.run.items() if runner.kernel is not None]
+    def prepare_layer(self, layer, use_kernel=False):
+        """Prepare the INT8Layer of a Layer, and return it."""
+        out_scale = 1 if self.is_fp32(layer.output) else self.scale(layer.output)
+        module = self.get_submodule(layer.name)
+        return module.prepare(self.scale(layer.input), out_scale, use_kernel)
 
     def __getstate__(self):
-        """A copy or a pickle is prepared anew: it may be used on a CPU with other kernels."""
-        return {**super().__getstate__(), "run": {}}
+        """A copy or a pickle chooses its engines anew: it may be used on another CPU."""
+        return {**super().__getstate__(), "is_prepared": False}
 
     def forward(self, x, observe=no_observer):
         """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""
-        x = observe("input", self.quantize_pixels(x))                       # (N, 3, 224, 224)
-        if not self.run:
+        x = observe("input", self.quantize_pixels(x))                   # (N, 3, 224, 224)
+        if not self.is_prepared:
             choose_engines(self)
-        run = self.run
-        x = self.maxpool(observe("cv1", run["cnn1"](x)))                    # (N, 16, 110, 110)
-        x = self.maxpool(observe("cv2", run["cnn2"](x)))                    # (N, 32, 53, 53)
-        x = self.maxpool(observe("cv3", run["cnn3"](x)))                    # (N, 16, 25, 25)
-        x = self.maxpool(observe("cv4", run["cnn4"](x)))                    # (N, 8, 11, 11)
-        x = observe("fc1", run["fc1"](x.flatten(1)))                        # (N, 512)
-        x = observe("fc2", run["fc2"](x))                                   # (N, 2)
+        x = maxpool(observe("cv1", self.cnn1(x)))                       # (N, 16, 110, 110)
+        x = maxpool(observe("cv2", self.cnn2(x)))                       # (N, 32, 53, 53)
+        x = maxpool(observe("cv3", self.cnn3(x)))                       # (N, 16, 25, 25)
+        x = maxpool(observe("cv4", self.cnn4(x)))                       # (N, 8, 11, 11)
+        x = observe("fc1", self.fc1(x.flatten(1)))                      # (N, 512)
+        x = observe("fc2", self.fc2(x))                                 # (N, 2)
         return x if self.is_fp32(LOGITS) else x / self.scale(LOGITS)
 
     def quantize_pixels(self, x):
@@ -810,135 +828,25 @@ class INT8_Model(nn.Module):
         """Whether an activation stays FP32: the logits, unless they are quantized too."""
         return name == LOGITS and not self.recipe["QUANTIZE_LOGITS"]
 
-    def sum_scale(self, layer):
-        """in_scale * w_scale, (out,): the scale of a layer's sums and of its bias."""
-        module = self.get_submodule(layer.name)
-        return (self.scale(layer.input) * module.w_scale).expand(len(module.bias))
-
-    def runner(self, layer, kernel=False):
-        """The INT8Layer that computes a Layer, with M = out_scale / (in_scale * w_scale)."""
-        module, inputs = self.get_submodule(layer.name), self.integers[layer.input]
-        out_scale, outputs = self.scale(layer.output), self.integers[layer.output]
-        if self.is_fp32(layer.output):
-            out_scale, outputs = 1, None
-        multiplier = (out_scale / self.sum_scale(layer)).contiguous()
-        return INT8Layer(module.weight, module.bias, multiplier, inputs, outputs, kernel)
-
-    def next_input(self, layer, outputs):
-        """What the next layer reads of a layer's outputs, as in `forward`: pooled, then flat."""
-        if layer.is_conv:
-            outputs = self.maxpool(outputs)
-        return outputs.flatten(1) if layer.output == FC_INPUTS[0] else outputs
-
-    @staticmethod
-    def load(path):
-        """Load the INT8 checkpoint that a run wrote. path: a path or a file object."""
-        return load_int8_checkpoint(path)
-
     @torch.inference_mode()
     def predict(self, picture):
-        """A picture -> ("cat" or "dog", [cat's logit, dog's logit]); several -> a list of these.
+        """A picture, as `decode` takes it -> ("cat" or "dog", [cat's logit, dog's logit]).
 
-        picture: what `decode` takes, or a list, tuple or iterator of such. Raises InputError, as
-        `decode` does, with the picture's name.
+        Raises InputError, with the picture's name, where it cannot be decoded.
         """
-        is_one = isinstance(picture, (str, bytes, np.ndarray)) or hasattr(picture, "read")
-        if is_one or not hasattr(picture, "__iter__"):
-            return self.predict([picture])[0]
-        answers = []
-        for number, each in enumerate(picture):
-            try:
-                pixels = torch.from_numpy(decode(each, self.recipe["IMAGE_SIZE"]))
-            except InputError as error:
-                name = each if isinstance(each, (str, Path)) else f"picture {number}"
-                raise InputError(f"{name} {error}") from None
-            logits = self(pixels.permute(2, 0, 1)[None].to(self.scale_input.device))[0]
-            answers.append((CLASSES[logits.argmax()], logits.tolist()))
-        return answers
-
-# %% [markdown]
-# One layer of the INT8 network, run by either engine.
-
-# %%
-class INT8Layer:
-    """One layer on integers: clip(round(sums * M + offset)), or FP32 logits sums * M + offset.
-
-    weight: int8 (out, ...); bias: int32 (out,); multiplier: M, FP32 (out,); inputs, outputs:
-    IntRange, or None for FP32 outputs; kernel: compute with torch's kernel, not the reference.
-
-    The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
-    FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT), so
-    there the sums are computed in FP64 and rounded to the integer.
-    """
-
-    def __init__(self, weight, bias, multiplier, inputs, outputs, kernel):
-        self.is_conv = weight.dim() == 4
-        self.multiplier, self.offset, self.outputs = multiplier, bias * multiplier, outputs
-        # bound on |sum + bias|, (out,): each input at its largest, each sign at its worst
-        products = weight.long().abs().flatten(1).sum(1) * inputs.high
-        self.largest_sum = products + bias.long().abs()
-        self.use_fp32 = weight.device.type == "cpu" and bool(self.largest_sum.max() < 2**24)
-        self.weight = weight.to(torch.float32 if self.use_fp32 else torch.float64)
-        self.kernel = self.find_kernel(weight) if kernel else None
-
-    def __call__(self, x):
-        """The layer's outputs. x: integers (N, C, h, w) or (N, C)."""
-        if self.kernel is None:
-            return self.reference(x)
         try:
-            return self.run_kernel(x)
-        except RuntimeError:        # torch has no kernel for a batch of this size
-            return self.reference(x)
+            pixels = torch.from_numpy(decode(picture, self.recipe["IMAGE_SIZE"]))
+        except InputError as error:
+            name = picture if isinstance(picture, (str, Path)) else "the picture"
+            raise InputError(f"{name} {error}") from None
+        logits = self(pixels.permute(2, 0, 1)[None].to(self.scale_input.device))[0]
+        return CLASSES[logits.argmax()], logits.tolist()
 
-    def reference(self, x):
-        return self.rescale(self.sums(x))
-
-    @without_autocast
-    def sums(self, x):
-        """The reference's sums of products in FP32."""
-        operation = F.conv2d if self.is_conv else F.linear
-        sums = operation(x.to(self.weight.dtype), self.weight)
-        return sums if self.use_fp32 else sums.round().float()
-
-    def rescale(self, sums):
-        """The reference's outputs, computed from these sums."""
-        multiplier = broadcast(self.multiplier, sums.dim() - 2)
-        offset = broadcast(self.offset, sums.dim() - 2)
-        if self.outputs is None:
-            return sums * multiplier + offset
-        return requantize(sums, multiplier, offset, self.outputs)
-
-    def find_kernel(self, weight):
-        """(torch's kernel for this layer, its arguments after x).
-
-        It is given M as the scale of the weights, the offset as its bias, 1 as the scales of input
-        and output, and 0 as all zero points. Its own rescaling is then that of `requantize`.
-        """
-        scale, zero_point, zero_points = 1.0, 0, torch.zeros_like(self.offset, dtype=torch.int32)
-        if self.is_conv:
-            operation, dtype = torch.ops.onednn.qconv2d_pointwise.default, torch.uint8
-            geometry = [1, 1], [0, 0], [1, 1], 1        # stride, padding, dilation, groups
-            packed = torch.ops.onednn.qconv_prepack(
-                weight, self.multiplier, scale, zero_point, *geometry)
-        else:
-            operation, dtype = torch.ops.onednn.qlinear_pointwise.default, torch.int8
-            geometry, packed = (), torch.ops.onednn.qlinear_prepack(weight, None)
-        dtype = torch.float32 if self.outputs is None else dtype
-        relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
-        relu_scalars, relu_algorithm = [], ""           # other activation functions have some
-        inputs, weights = (scale, zero_point), (packed, self.multiplier, zero_points, self.offset)
-        outputs = scale, zero_point, dtype, relu, relu_scalars, relu_algorithm
-        return operation, (*inputs, *weights, *geometry, *outputs)
-
-    def run_kernel(self, x):
-        """The kernel's outputs. Raises RuntimeError where torch has none for this input."""
-        operation, arguments = self.kernel
-        # a convolution's kernel takes uint8; int8 inputs are never negative there: the same bytes
-        y = operation(x.view(torch.uint8) if self.is_conv else x, *arguments)
-        # the kernel clips at 0..255 or -128..127; narrower ranges, such as -127..127, follow here
-        if self.outputs is None or self.outputs.high == 255:
-            return y
-        return y.clip_(self.outputs.low, self.outputs.high).view(self.outputs.dtype)
+def next_input(layer, outputs):
+    """What the next layer reads of a layer's outputs, as in `forward`: pooled, then flat."""
+    if layer.is_conv:
+        outputs = maxpool(outputs)
+    return outputs.flatten(1) if layer.output == FC_INPUTS[0] else outputs
 
 # %% [markdown]
 # Which engine runs which layer, and a table that describes the quantized layers.
@@ -955,53 +863,50 @@ def time_in_turns(functions, x, rounds):
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
-def kernel_overflows(int8_model, layer):
+def kernel_overflows(int8_layer):
     """Whether this CPU's INT8 kernel overflows with a layer's weights.
 
     Without VNNI instructions, x86 adds two products in 16 bits, which 2 * 255 * 127 overflows. The
     worst case is all inputs at their largest (products of opposite sign cannot overflow): there the
     kernel's sums, with M = 1 and no bias, are compared with the exact ones.
     """
-    weight = int8_model.get_submodule(layer.name).weight
-    inputs = int8_model.integers[layer.input]
-    size = (weight.shape[1], 9, 9) if layer.is_conv else weight.shape[1:]   # more than 5 x 5
-    x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=weight.device)
-    no_bias = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-    bare = INT8Layer(weight, no_bias, torch.ones_like(no_bias).float(), inputs, None, kernel=True)
+    shape, inputs = int8_layer.weight.shape, int8_layer.inputs
+    bare = INT8Layer(shape, 1, inputs, outputs=None).to(int8_layer.weight.device)
+    bare.weight.copy_(int8_layer.weight)
+    bare.prepare(in_scale=1, out_scale=1, use_kernel=True)
+    size = (shape[1], 9, 9) if bare.is_conv else shape[1:]              # more than 5 x 5
+    x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=bare.weight.device)
     return bool((bare.reference(x) != bare.run_kernel(x)).any())
 
-def choose_engine(int8_model, layer, x, expected):
-    """The engine of a Layer, and why: a dict; "compared" and "different" are counts of outputs.
+def judge_kernel(int8_model, layer, x, expected):
+    """(whether a layer should use its kernel, why, how many outputs differ or None).
 
-    x: the integers that the layer reads; expected: the reference's outputs. "auto" chooses the
-    kernel if it cannot overflow, gives the same outputs, and is faster.
+    x: the integers that the layer reads; expected: the reference's outputs.
     """
-    row = {"layer": layer.name, "compared": 0, "different": 0, "engine": "reference",
-           "why": "INT8_ENGINE asks for it"}
     if INT8_ENGINE == "reference":
-        return row
+        return False, "INT8_ENGINE asks for it", None
     try:
-        runner = int8_model.runner(layer, kernel=True)
-        found, overflows = runner.run_kernel(x), kernel_overflows(int8_model, layer)
+        int8_layer = int8_model.prepare_layer(layer, use_kernel=True)
+        different = int((int8_layer.run_kernel(x) != expected).sum())
+        overflows = kernel_overflows(int8_layer)
     except (AttributeError, RuntimeError):
-        return row | {"why": "torch has no kernel for it here"}
-    row |= {"compared": expected.numel(), "different": int((found != expected).sum())}
+        return False, "torch has no kernel for it here", None
     if overflows:
         why = "the kernel can overflow on this CPU (no VNNI); WEIGHT_BIT = 7 avoids it"
-        return row | {"why": why}
-    if row["different"]:
-        return row | {"why": "the kernel gives other integers here"}
-    seconds = time_in_turns({"kernel": runner.run_kernel, "reference": runner.reference},
+        return False, why, different
+    if different:
+        return False, "the kernel gives other integers here", different
+    seconds = time_in_turns({"kernel": int8_layer.run_kernel, "reference": int8_layer.reference},
                             x[:BATCH_SIZE], rounds=5)
     if min(seconds["kernel"]) > min(seconds["reference"]):
-        return row | {"why": "exact, and faster here than the kernel"}
-    return row | {"engine": "onednn", "why": "exact, and faster here than the reference"}
+        return False, "exact, and faster here than the kernel", 0
+    return True, "exact, and faster here than the reference", 0
 
 @torch.inference_mode()
 def choose_engines(int8_model, pixels=None):
-    """Prepare a model with the engine chosen for each layer, and return `choose_engine`'s rows.
+    """Prepare a model with an engine for each layer; return a row per layer that says why.
 
-    pixels: uint8 (n, 3, h, w), by default noise, on which engines are compared.
+    pixels: uint8 (n, 3, h, w) on which the engines are compared, by default noise.
     """
     if pixels is None:
         width, height = int8_model.recipe["IMAGE_SIZE"]
@@ -1009,28 +914,30 @@ def choose_engines(int8_model, pixels=None):
         pixels = torch.from_numpy(noise).to(int8_model.scale_input.device)
     x, rows = int8_model.quantize_pixels(pixels), []
     for layer in LAYERS:
-        expected = int8_model.runner(layer).reference(x)
-        rows.append(choose_engine(int8_model, layer, x, expected))
-        x = int8_model.next_input(layer, expected)
-    int8_model.prepare([row["layer"] for row in rows if row["engine"] == "onednn"])
+        expected = int8_model.prepare_layer(layer).reference(x)
+        use_kernel, why, different = judge_kernel(int8_model, layer, x, expected)
+        compared = 0 if different is None else expected.numel()
+        rows.append({"layer": layer.name, "compared": compared, "different": different or 0,
+                     "engine": "kernel" if use_kernel else "reference", "why": why})
+        x = next_input(layer, expected)
+    int8_model.prepare([row["layer"] for row in rows if row["engine"] == "kernel"])
     return rows
 
 def layer_table(int8_model):
-    """{heading: a value per layer} that describes the quantized layers."""
+    """A row per quantized layer, {heading: value}."""
     rows = []
     for layer in LAYERS:
-        module, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
-        largest_sum = int(int8_model.runner(layer).largest_sum.max())
+        int8, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
         rows.append({
             "layer": layer.name,
-            "weight shape": "x".join(map(str, module.weight.shape)),
+            "weight shape": "x".join(map(str, int8.weight.shape)),
             "output range": int8_model.integers[layer.output].high / out_scale.item(),
             "scale in": int8_model.scale(layer.input).item(),
             "scale out": "FP32" if int8_model.is_fp32(layer.output) else out_scale.item(),
-            "smallest weight scale": module.w_scale.min().item(),
-            "largest weight scale": module.w_scale.max().item(),
-            "bits of sum": largest_sum.bit_length()})
-    return {heading: [row[heading] for row in rows] for heading in rows[0]}
+            "smallest weight scale": int8.w_scale.min().item(),
+            "largest weight scale": int8.w_scale.max().item(),
+            "bits of sum": int(int8.largest_sum().max()).bit_length()})
+    return rows
 
 # %% [markdown]
 # ## Closer to FP32
@@ -1098,7 +1005,7 @@ def gptq(weight, w_scale, hessian, integers):
         weight[k:] -= torch.outer(upper[k, k:], error)
     return rounded.t()
 
-@without_autocast
+@torch.autocast("cpu", enabled=False)
 def gptq_conv(conv, w_scale, inputs, integers):
     """A convolution's weight rounded by `gptq`. inputs: integers it reads, chunks (n, C, h, w)."""
     hessian = 0
@@ -1133,17 +1040,15 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
         integers = int_range(layer_bit(recipe, layer))
         conv = fp32_model.get_submodule(layer.name)
         int8.weight.copy_(gptq_conv(conv, int8.w_scale, inputs, integers))
-    rounded = int8_model.runner(layer)
-    sums = [rounded.sums(x) for x in inputs]
+    int8_model.prepare_layer(layer)             # with the rounded weight
+    sums = [int8.sums(x) for x in inputs]
     if recipe["BIAS_CORRECTION"]:
-        sum_scale = int8_model.sum_scale(layer)
-        error = mean_error(expected, sums, int8.bias, sum_scale)
-        error = error.nan_to_num(0, 0, 0)           # 0 where a mean overflowed
-        change = torch.round(error * sum_scale)
+        error = mean_error(expected, sums, int8.bias, int8.sum_scale)
+        error = error.nan_to_num(0, 0, 0)       # 0 where a mean overflowed
+        change = torch.round(error * int8.sum_scale)
         int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
-    refined = int8_model.runner(layer)      # with the corrected bias
-    outputs = [refined.rescale(x) for x in sums]
-    return [int8_model.next_input(layer, x) for x in outputs]
+    int8_model.prepare_layer(layer)             # with the corrected bias
+    return [next_input(layer, int8.rescale(x)) for x in sums]
 
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
@@ -1159,7 +1064,7 @@ def refine(int8_model, fp32_model, pixels):
     for layer in LAYERS:
         expected = [activations[layer.output] for activations in fp32]
         inputs = refine_layer(int8_model, fp32_model, layer, inputs, expected)
-    int8_model.run = {}         # what was prepared is out of date
+    int8_model.is_prepared = False      # no engine has been chosen
 
 def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
@@ -1178,73 +1083,33 @@ def quantize_network(folded, pixels, recipe):
 
 # %% [markdown]
 # ## Checkpoints
-# Nothing in a checkpoint is executed: torch's safe loader builds tensors and plain values. In the
-# notebook's own format, a pickled module, each object is replaced by a `SimpleNamespace` with the
-# same attributes.
+# Nothing in a checkpoint is executed: torch's safe loader builds tensors and plain values, and
+# refuses all else.
 
 # %%
 LARGEST_CHECKPOINT = 2**28      # bytes when unpacked: a hundred times what this network needs
 
-PICKLED_CLASSES = [f"{module}.{name}" for module in ("__main__", "quantize_catdog")
-                   for name in ("CNN_Model", "Linear", "MaxPool2d")]
-PICKLED_CLASSES += [f"torch.nn.modules.{name}" for name in (
-    "conv.Conv2d", "batchnorm.BatchNorm2d", "activation.ReLU", "activation.Softmax",
-    "pooling.MaxPool2d", "linear.Linear")]
-
-def copy_zip(archive, compression):
-    """A file object with the parts of a zip archive, without times: equal contents, equal bytes."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as copied:
-        for name in archive.namelist():
-            copied.writestr(zipfile.ZipInfo(name), archive.read(name), compression)
-    file.seek(0)
-    return file
-
 def read_checkpoint(file):
-    """({name: value} in a checkpoint, its recipe or None, its name in errors).
-
-    file: a path or a file object.
-    """
+    """(what a checkpoint holds, its name in errors). file: a path or a file object."""
     name = "checkpoint in memory" if isinstance(file, io.BytesIO) else f"checkpoint {file}"
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(part.file_size for part in archive.infolist()) > LARGEST_CHECKPOINT:
                 raise ValueError("too large when unpacked")
-            # copying checks each part's CRC, which torch.load does not
-            checked = copy_zip(archive, zipfile.ZIP_STORED)
+            if damaged := archive.testzip():            # checks CRCs, as torch.load does not
+                raise ValueError(f"{damaged} is damaged")
+        if hasattr(file, "seek"):
+            file.seek(0)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True), name
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}; give another one (a run takes "
-                         "CHECKPOINT)") from None
+        raise InputError(f"{name} cannot be read: {error.strerror}; set CHECKPOINT") from None
     except Exception as error:      # damaged bytes raise nearly every type
-        raise InputError(f"{name} is damaged, or was saved by torch before 1.6 "
-                         f"({error}): save it anew") from None
-    # each of these classes is loaded as a SimpleNamespace
-    inert = [(SimpleNamespace, class_name) for class_name in PICKLED_CLASSES]
-    try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(inert):
-            saved = torch.load(checked, map_location="cpu", weights_only=True)
-        recipe = saved.get("recipe") if isinstance(saved, dict) else None
-        return weights_in(saved), recipe, name
-    except Exception as error:      # damaged pickles raise nearly every type, too
         # torch's message names the class or function that it refused
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
-        reason = f"it holds {unsafe[1]}" if unsafe else type(error).__name__
-        raise InputError(f"{name} cannot be loaded safely ({reason}): save the weights alone, "
-                         "torch.save({'model': model.state_dict()}, 'weights.pth.tar')") from None
-
-def weights_in(saved):
-    """{name: value} of what people save: a state_dict or a module, alone or under a usual key."""
-    for key in ("model", "state_dict", "model_state_dict", "net"):
-        if isinstance(saved, dict) and key in saved:
-            saved = saved[key]
-    if isinstance(saved, SimpleNamespace):      # a module: tensors and eps of its layers
-        saved = {f"{name}.{key}": value for name, layer in vars(saved).get("_modules", {}).items()
-                 for key, value in (vars(layer) | layer._parameters | layer._buffers).items()}
-    if not isinstance(saved, dict):
-        return {}
-    # DataParallel, torch.compile and Lightning put a prefix before every name
-    return {re.sub(r"^((module|_orig_mod|model)\.)+", "", str(name)): value
-            for name, value in saved.items()}
+        reason = f"it holds {unsafe[1]}" if unsafe else f"{type(error).__name__}: {error}"[:100]
+        raise InputError(f"{name} cannot be loaded safely ({reason}): save weights alone, or use "
+                         "tools/convert_checkpoint.py, which reads more kinds") from None
 
 def fill(model, values, name):
     """Load the tensors that a model needs; return it on `device()`, ready to run; or InputError."""
@@ -1252,9 +1117,10 @@ def fill(model, values, name):
               if not key.endswith("num_batches_tracked")}
     for key, tensor in needed.items():
         found = values.get(key)
-        if not (isinstance(found, torch.Tensor) and found.is_cpu and found.layout == torch.strided):
-            keys = textwrap.shorten(", ".join(values) or "no weights", 60, placeholder=" ...")
-            raise InputError(f"{name}: {key} is missing; it holds {keys}")
+        if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
+            held = ", ".join(map(str, values))[:60] or "no weights"
+            raise InputError(f"{name}: {key} is missing, it holds {held}: "
+                             "tools/convert_checkpoint.py reads more kinds")
         both_float = found.is_floating_point() and tensor.is_floating_point()
         if found.shape != tensor.shape or not (found.dtype == tensor.dtype or both_float):
             raise InputError(f"{name}: {key} is {found.dtype} {tuple(found.shape)}, not "
@@ -1265,60 +1131,60 @@ def fill(model, values, name):
     return model.to(device()).eval().to(memory_format=torch.channels_last)
 
 def load_checkpoint(file):
-    """The CNN_Model of FP32 weights: {"model": state_dict}, or as `weights_in` finds them."""
-    values, recipe, name = read_checkpoint(file)
-    if recipe is not None:
+    """The CNN_Model of FP32 weights: a state_dict, alone or as {"model": state_dict}."""
+    saved, name = read_checkpoint(file)
+    if isinstance(saved, dict) and "recipe" in saved:
         raise InputError(f"{name} is the INT8 network of a run: set CHECKPOINT to FP32 weights, or "
-                         "use INT8_Model.load in Python")
-    model = fill(CNN_Model(), values, name)
-    for layer in LAYERS:
-        if layer.is_conv:
-            bn = model.get_submodule(layer.bn)
-            eps = values.get(f"{layer.bn}.eps")
-            bn.eps = eps if isinstance(eps, float) else bn.eps
-            if not (bn.running_var + bn.eps > 0).all():
-                raise InputError(f"{name}: {layer.bn} has a variance that is not positive")
-    return model
+                         "use load_int8_checkpoint in Python")
+    values = saved.get("model", saved) if isinstance(saved, dict) else {}
+    values = values if isinstance(values, dict) else {}
+    return fill(CNN_Model(), values, name)
 
 def int8_checkpoint(int8_model):
-    """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed."""
+    """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed.
+
+    torch's archive is copied without times, so that equal networks have equal bytes.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in int8_model.state_dict().items()}
-    file = io.BytesIO()
-    torch.save({"recipe": int8_model.recipe, "model": tensors}, file)
-    with zipfile.ZipFile(file) as archive:
-        return copy_zip(archive, zipfile.ZIP_DEFLATED).getvalue()
+    saved, compressed = io.BytesIO(), io.BytesIO()
+    torch.save({"recipe": int8_model.recipe, "model": tensors}, saved)
+    with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(compressed, "w") as copied:
+        for part in archive.namelist():
+            copied.writestr(zipfile.ZipInfo(part), archive.read(part), zipfile.ZIP_DEFLATED)
+    return compressed.getvalue()
 
 def load_int8_checkpoint(file):
-    """The INT8_Model of an INT8 checkpoint; InputError where its integers exceed its recipe's."""
-    values, recipe, name = read_checkpoint(file)
-    if not isinstance(recipe, dict):
+    """The INT8_Model of the INT8 checkpoint of a run. file: a path or a file object.
+
+    Raises InputError where its integers or scales are not those of its recipe.
+    """
+    saved, name = read_checkpoint(file)
+    recipe, values = [saved.get(key) if isinstance(saved, dict) else None
+                      for key in ("recipe", "model")]
+    if not (isinstance(recipe, dict) and isinstance(values, dict)):
         raise InputError(f"{name} is not an INT8 network: give INT8_checkpoint.pth.tar of a run")
     try:
         int8_model = INT8_Model(recipe)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    int8_model = fill(int8_model, values, name)
+    fill(int8_model, values, name)
     for layer in LAYERS:
-        module, bit = int8_model.get_submodule(layer.name), layer_bit(recipe, layer)
-        in_range = (module.weight.long().abs() < 2**(bit - 1)).all()
-        in_range &= (module.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
-        runner = int8_model.runner(layer)
-        outputs = runner.largest_sum * runner.multiplier
-        if not (in_range and outputs.isfinite().all() and (runner.multiplier > 0).all()):
+        int8, bit = int8_model.prepare_layer(layer), layer_bit(recipe, layer)
+        in_range = (int8.weight.long().abs() < 2**(bit - 1)).all()
+        in_range &= (int8.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
+        outputs = int8.largest_sum() * int8.multiplier
+        if not (in_range and outputs.isfinite().all() and (int8.multiplier > 0).all()):
             raise InputError(f"{name}: {layer.name} is not as its recipe says: quantize again")
     return int8_model
 
 def write_files(folder, contents):
-    """Write {name: bytes}, each file whole or not at all; raises InputError where it cannot.
-
-    The last one is deleted first and written last, so that no report stands beside the network of
-    another run.
-    """
+    """Write {name: bytes}, each file whole or not at all; raises InputError where it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             for name, content in contents.items():
                 Path(temporary, name).write_bytes(content)
+            # no report of another run may stand beside the new network
             (folder / list(contents)[-1]).unlink(missing_ok=True)
             for name in contents:
                 os.replace(Path(temporary, name), folder / name)
@@ -1351,23 +1217,20 @@ class Predictions(NamedTuple):
 def evaluate(name, model, pictures, observe=no_observer):
     """Run a model over a CatDogDataset and return its Predictions."""
     meter = tnt.ClassErrorMeter(topk=[1], accuracy=True)
-    labels, logits = [], []
+    labels, logits, run_on = [], [], device()
     start = reported = time.perf_counter()
     decoded_together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
     loader = DataLoader(pictures, decoded_together, collate_fn=pictures.collate_fn)
-    run_on = device()
     for decoded, their_labels in loader:
-        for first in range(0, len(decoded), BATCH_SIZE):
-            batch = slice(first, first + BATCH_SIZE)
-            answers = model(decoded[batch].to(run_on), observe).cpu()
-            meter.add(answers, their_labels[batch])
+        for batch, batch_labels in zip(decoded.split(BATCH_SIZE), their_labels.split(BATCH_SIZE)):
+            answers = model(batch.to(run_on), observe).cpu()
+            meter.add(answers, batch_labels)
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()
         now = time.perf_counter()
         if labels and now - reported >= 10:
             left = (now - start) / len(labels) * (len(pictures) - len(labels))
-            print(f"{name} Top1: {meter.value()[0]:.3f}, {len(labels)} of {len(pictures)} "
-                  f"pictures, {left:.0f} seconds left")
+            print(f"{name}: {len(labels)} of {len(pictures)} pictures, {left:.0f} seconds left")
             reported = now
     files, top1 = [file for file, _ in pictures.usable()], float(meter.value()[0])
     print(f"{name} Top1: {top1:.3f}, {len(files)} of {len(pictures)} pictures of "
@@ -1387,9 +1250,8 @@ def check_unchanged(step, model, other, pixels, tolerance):
     tolerance: the largest difference allowed, as a share of the largest logit.
     """
     expected = model(pixels)
-    change = (expected - other(pixels)).abs().max().item()
+    change, largest = (expected - other(pixels)).abs().max().item(), expected.abs().max().item()
     print(f"{step} changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
-    largest = expected.abs().max().item()
     if not change <= tolerance * largest:       # NaN, too
         raise InputError(f"{step} changed a logit by {change:.3g}, where the largest is "
                          f"{largest:.3g}: give a checkpoint with other weights")
@@ -1467,18 +1329,19 @@ def shorten(name, width):
     name = printable(name)
     return name if len(name) <= width else f"...{name[3 - width:]}"
 
-def print_columns(columns, width=80):
-    """Print {heading: values} as columns, one word of a heading per line (split after _ too).
+def print_table(rows, width=80):
+    """Print rows, {heading: value} each; a heading takes one line per word (split after _ too).
 
     Columns beyond `width` go into another block, which repeats the first column.
     """
-    texts = []
-    for heading, values in columns.items():
+    columns = []
+    for heading in rows[0]:
+        values = [row[heading] for row in rows]
         cells = [format(value, {float: ".5g", int: ","}.get(type(value), "")) for value in values]
         words = heading.replace("_", "_ ").split()
-        texts.append([word.rjust(max(map(len, [*words, *cells]))) for word in words + cells])
-    height = max(len(text) for text in texts)
-    first, *others = [[" " * len(text[0])] * (height - len(text)) + text for text in texts]
+        columns.append([text.rjust(max(map(len, [*words, *cells]))) for text in words + cells])
+    height = max(map(len, columns))
+    first, *others = [[" " * len(text[0])] * (height - len(text)) + text for text in columns]
     while others:
         block = [first, others.pop(0)]
         while others and sum(len(text[0]) + 1 for text in [*block, others[0]]) <= width + 1:
@@ -1488,18 +1351,16 @@ def print_columns(columns, width=80):
 def print_summary(report):
     """The figures of a report, in lines of at most 80 characters."""
     name, sqnr, test = name_of(report["recipe"]), report["logit_sqnr_db"], report["mcnemar"]
-    rows = [report["fp32"], report["int8"]]
-    columns = {
-        "Summary": ["FP32", name],
-        "Top-1": [f"{row['top1']:.3f} %" for row in rows],
-        "95 % interval": ["{:.1f} to {:.1f} %".format(*row["interval95"]) for row in rows]}
-    for i, label in enumerate(CLASSES):
-        right = [f"{row['confusion'][i][i]:,} of {sum(row['confusion'][i]):,}" for row in rows]
-        columns[f"{label} right"] = right
-    columns["ms per picture"] = [f"{row['ms_per_image']:.2f}" for row in rows]
-    columns["file bytes"] = [f"{row['file_bytes']:,}" for row in rows]
+    rows = []
+    for network, row in (("FP32", report["fp32"]), (name, report["int8"])):
+        right = {f"{label} right": f"{row['confusion'][i][i]:,} of {sum(row['confusion'][i]):,}"
+                 for i, label in enumerate(CLASSES)}
+        rows.append({"Summary": network, "Top-1": f"{row['top1']:.3f} %",
+                     "95 % interval": "{:.1f} to {:.1f} %".format(*row["interval95"]), **right,
+                     "ms per picture": f"{row['ms_per_image']:.2f}",
+                     "file bytes": row["file_bytes"]})
     print()
-    print_columns(columns)
+    print_table(rows)
     sqnr_text = "infinite" if sqnr is None else f"{sqnr:.1f} dB"
     print(f"same class {100 * report['agreement']:.2f} %, logit SQNR {sqnr_text}, "
           f"{name} {report['speedup']:.1f} times as fast")
@@ -1520,98 +1381,7 @@ def print_summary(report):
         print(f"  {shorten(flip['file'], 34)} ({flip['label']}), {flip['effect']}, "
               f"FP32's margin {flip['fp32_margin']:.3f}")
     for row in report["skipped"][:LISTED]:
-        print(f"  {shorten(row['file'], 78)}\n"
-              f"    {textwrap.shorten(printable(row['reason']), 76, placeholder='...')}")
-
-# %% [markdown]
-# ## The table of runs
-# Every run adds a row to `runs.csv`, which a spreadsheet or pandas opens. The last runs on the same
-# pictures and weights are printed.
-
-# %%
-RUNS_LISTED = 12    # rows of the table of runs that are printed
-# {column of runs.csv: (its printed heading, format)}
-FIGURES = {"sqnr_db": ("SQNR dB", ".1f"), "same_class": ("same class", ".1f"),
-           "top1": ("Top-1 %", ".1f"), "p": ("p", ".2g"), "ms": ("ms", ".2f"),
-           "bytes": ("bytes", ",.0f")}
-
-def run_row(report):
-    """{column: text} of a run: when, on what, its figures, its constants."""
-    fp32, int8, sqnr = report["fp32"], report["int8"], report["logit_sqnr_db"]
-    row = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), **report["inputs"],
-           "fp32_top1": f"{fp32['top1']:.3f}", "top1": f"{int8['top1']:.4f}",
-           "same_class": f"{100 * report['agreement']:.4f}",
-           "sqnr_db": "inf" if sqnr is None else f"{sqnr:.4f}",
-           "p": f"{report['mcnemar']['p']:.4g}", "fp32_ms": f"{fp32['ms_per_image']:.5f}",
-           "ms": f"{int8['ms_per_image']:.5f}", "bytes": int8["file_bytes"]}
-    return {name: printable(str(value)) for name, value in (row | report["constants"]).items()}
-
-def csv_line(cells):
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
-
-def add_run(path, row):
-    """Append a row to the table of runs, and return its readable rows, the new one last.
-
-    One write appends it, so that two runs at once lose no row. A table with other columns is
-    renamed, not destroyed.
-    """
-    header = csv_line(row)
-    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    if text and not text.startswith(header):
-        aside = path.with_stem(f"runs-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        path.rename(aside)
-        print(f"{display_path(path)} has other columns than this run; kept: {aside.name}")
-        text = ""
-    added = csv_line(row.values())
-    if not text:
-        added = header + added
-    elif not text.endswith("\n"):       # as an editor may have left it
-        added = "\n" + added
-    with open(path, "ab") as file:
-        file.write(added.encode())
-    rows, unreadable = [], 0
-    for line in text.splitlines():
-        if not line.strip() or f"{line}\n" == header:   # two first runs at once write two headers
-            continue
-        try:
-            cells = dict(zip(row, next(csv.reader([line])), strict=True))
-            for name in FIGURES:
-                float(cells[name])
-            rows.append(cells)
-        except (ValueError, csv.Error, StopIteration):
-            unreadable += 1
-    if unreadable:
-        print(f"{display_path(path)}: {unreadable} rows cannot be read and are left out")
-    return rows + [row]
-
-def print_runs(rows):
-    """Print the last runs that share pictures and weights with the last row.
-
-    Constants have a column where they differ. > marks the last run, * the best SQNR.
-    """
-    last = rows[-1]
-    numbered = [(number, row) for number, row in enumerate(rows, 1)
-                if row["evaluation_crc"] == last["evaluation_crc"]
-                and row["checkpoint_crc"] == last["checkpoint_crc"]][-RUNS_LISTED:]
-    columns = {"run": [f">{number}" if row is last else str(number) for number, row in numbered]}
-    same = [row for _, row in numbered]
-    for name in [*LEGAL, "calibration_crc"]:
-        cells = [row[name] for row in same]
-        # the folder's column already shows that the pictures differ
-        explained = name == "calibration_crc" and {"DATA_DIR", "CALIBRATION_SPLIT"} & set(columns)
-        if len(set(cells)) > 1 and not explained:
-            columns[name] = [shorten(cell, 24) for cell in cells]
-    for name, (heading, style) in FIGURES.items():
-        columns[heading] = [format(float(row[name]), style) for row in same]
-    best = max(float(row["sqnr_db"]) for row in same)
-    columns["SQNR dB"] = [cell + ("*" if float(row["sqnr_db"]) == best else " ")
-                          for cell, row in zip(columns["SQNR dB"], same)]
-    print("\nThe last runs on these evaluation pictures and weights, FP32 Top-1 "
-          f"{last['fp32_top1']} %\n"
-          "(> this run, * best SQNR, same class in %; runs.csv has all runs and constants)")
-    print_columns(columns)
+        print(f"  {shorten(row['file'], 78)}\n    {printable(row['reason'])[:76]}")
 
 # %% [markdown]
 # ## The run
@@ -1638,7 +1408,6 @@ if __name__ == "__main__":
     constants = read_constants()
     print("\n".join(f"{name} = {value!r}" for name, value in constants.items()))
     print(f"device {device()}, torch {torch.__version__}")
-    output = resolve_path(OUTPUT_DIR)
     evaluation = calibration = CatDogDataset(resolve_path(DATA_DIR, EVALUATION_SPLIT))
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
@@ -1648,23 +1417,15 @@ if __name__ == "__main__":
         globals().pop(made_below, None)
 
 # %% [markdown]
-# ### Load
-# The trained network. Four times `cnn`, `bn`, `relu`, `maxpool`; no ReLU between `fc1` and `fc2`.
-
-# %%
-if __name__ == "__main__":
-    checkpoint = resolve_path(constants["CHECKPOINT"])
-    model = load_checkpoint(checkpoint)
-    fp32_bytes = checkpoint.read_bytes()
-    print(model)
-
-# %% [markdown]
-# ### Fold
+# ### Load and fold
 # A batch norm multiplies and adds, as the convolution before it does: one convolution can do both.
 # The logits stay the same except for FP32's rounding.
 
 # %%
 if __name__ == "__main__":
+    checkpoint = resolve_path(constants["CHECKPOINT"])
+    model, fp32_bytes = load_checkpoint(checkpoint), checkpoint.read_bytes()
+    print(model)
     pixels = evaluation.first_pixels(SAMPLE)
     folded = model.fused()
     changes = {"folding": check_unchanged("folding", model, folded, pixels, ROUNDING)}
@@ -1678,8 +1439,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     fp32 = calibrated = calibrate(folded, calibration)
     ranges = {name: folded.ranges[name].max().item() for name in ACTIVATIONS}
-    for name, largest in ranges.items():
-        print(f"range_{name:<6} {largest:.6g}")
+    print("\n".join(f"range_{name:<6} {largest:.6g}" for name, largest in ranges.items()))
     if evaluation is not calibration:
         fp32 = evaluate("FP32", folded, evaluation)
 
@@ -1695,12 +1455,9 @@ if __name__ == "__main__":
     constants |= recipe
     calibration_pixels = calibrated.pictures.first_pixels(SAMPLE)
     fp32_model, int8_model = quantize_network(folded, calibration_pixels, recipe)
-    changes["equalization"] = None
-    if recipe["EQUALIZE"]:
-        changes["equalization"] = check_unchanged(
-            "equalization", folded, fp32_model, pixels, ROUNDING)
+    changes["equalization"] = check_unchanged("equalization", folded, fp32_model, pixels, ROUNDING)
     layers = layer_table(int8_model)
-    print_columns(layers)
+    print_table(layers)
 
 # %% [markdown]
 # ### Verify
@@ -1712,33 +1469,26 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     constants |= read_constants(["INT8_ENGINE"])
     engines = choose_engines(int8_model, pixels)
-    print_columns({heading: [row[heading] for row in engines] for heading in engines[0]})
+    print_table(engines)
     batch = pixels[:BATCH_SIZE]
     seconds = time_in_turns({"fp32": folded, "int8": int8_model}, batch, TIMED_ROUNDS)
     ms = {name: 1000 * min(times) / len(batch) for name, times in seconds.items()}
     busy = any(max(times) > 2 * min(times) for times in seconds.values())
 
 # %% [markdown]
-# ### Evaluate
-# The same pictures on integers. (The notebook's meter still held FP32's answers when it counted
-# these, so that its INT8 accuracy was the mean of both.)
+# ### Evaluate and compare
+# The same pictures on integers, counted alone. What matters is how many answers changed, and how
+# close to a tie those were.
 
 # %%
 if __name__ == "__main__":
     int8 = evaluate(name_of(recipe), int8_model, evaluation)
-
-# %% [markdown]
-# ### Compare
-# What matters is how many answers changed, and how close to a tie those were.
-
-# %%
-if __name__ == "__main__":
     int8_bytes = int8_checkpoint(int8_model)
     skipped = {display_path(pictures.folder / file): reason
                for pictures in (calibration, evaluation)
                for file, reason in pictures.skipped.items()}
     report = {
-        "constants": constants, "recipe": recipe,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"), "constants": constants, "recipe": recipe,
         "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
         "device": str(device()), "ranges": ranges, "calibration_top1": calibrated.top1,
         "inputs": {"evaluation_crc": evaluation.checksum(),
@@ -1755,18 +1505,19 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Save
-# Check that the file loads back to the same logits. Then write the INT8 network, all figures, and a
-# row in the table of runs.
+# Check that the file loads back to the same logits. Then write the INT8 network and all figures.
 
 # %%
 if __name__ == "__main__":
-    loaded = INT8_Model.load(io.BytesIO(int8_bytes))
-    report["logit_changes"]["saving and loading"] = check_unchanged(
-        "saving and loading", int8_model, loaded, pixels, 0)
+    loaded = load_int8_checkpoint(io.BytesIO(int8_bytes))
+    changes["saving"] = check_unchanged("saving", int8_model, loaded, pixels, 0)
     report_json = (json.dumps(report, indent=1) + "\n").encode()
+    output = resolve_path(OUTPUT_DIR)
     write_files(output, {"INT8_checkpoint.pth.tar": int8_bytes, "report.json": report_json})
-    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json")
-    print_runs(add_run(output / "runs.csv", run_row(report)))
+    with open(output / "runs.jsonl", "ab", buffering=0) as runs:
+        runs.write((json.dumps(report) + "\n").encode())    # one write: no run interrupts another
+    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json; "
+          "python tools/runs.py\ncompares this run with those before")
 
 # %% [markdown]
 # ### Explain

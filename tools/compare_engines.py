@@ -160,7 +160,8 @@ def quantized(folded, pixels):
     sample, recipe = pixels[:script.SAMPLE], script.read_constants(script.LEGAL_RECIPE)
     _, int8_model = script.quantize_network(folded, sample, recipe)
     rows = script.choose_engines(int8_model, sample)
-    print(f"script: INT8 kernels for {', '.join(int8_model.kernels) or 'no layer'}, "
+    kernels = [row["layer"] for row in rows if row["engine"] == "kernel"]
+    print(f"script: INT8 kernels for {', '.join(kernels) or 'no layer'}, "
           f"{sum(row['compared'] for row in rows):,} values compared with the reference, "
           f"{sum(row['different'] for row in rows):,} differ")
     return int8_model
@@ -352,9 +353,9 @@ def gemm_rate(n=1024):
     """Multiply-adds per second of a large uint8 x int8 product, best of 20: what VNNI reaches."""
     weight = torch.randint(-127, 128, (n, n), dtype=torch.int8)
     x = torch.randint(0, 256, (n, n), dtype=torch.uint8)
-    no_bias, multiplier = torch.zeros(n, dtype=torch.int32), torch.ones(n)
-    inputs = script.int_range(8, unsigned=True)
-    product = script.INT8Layer(weight, no_bias, multiplier, inputs, outputs=None, kernel=True)
+    product = script.INT8Layer(weight.shape, 1, script.int_range(8, unsigned=True), outputs=None)
+    product.weight.copy_(weight)
+    product.prepare(in_scale=1, out_scale=1, use_kernel=True)
     seconds = []
     for _ in range(20):
         start = time.perf_counter()

@@ -144,7 +144,7 @@ def parts_alone(folder):
     batches = pictures.first_pixels(len(pictures)).split(script.BATCH_SIZE)
     seconds = [time.perf_counter() - start]
     fp32 = script.load_checkpoint(folder / CHECKPOINT).fused()
-    int8 = script.INT8_Model.load(folder / "results" / "INT8_checkpoint.pth.tar")
+    int8 = script.load_int8_checkpoint(folder / "results" / "INT8_checkpoint.pth.tar")
     script.choose_engines(int8, batches[0])
     with torch.inference_mode():
         for network in (fp32, int8):

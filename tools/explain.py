@@ -142,7 +142,7 @@ def outputs_with_errors(fp32_model, int8_model, layer, values, int8_values):
     """
     int8_layer, output = int8_model.get_submodule(layer.name), layer.output
     weight = int8_layer.weight / script.broadcast(int8_layer.w_scale, int8_layer.weight.dim() - 1)
-    bias = uncorrected_bias(fp32_model, int8_model, layer) / int8_model.sum_scale(layer)
+    bias = uncorrected_bias(fp32_model, int8_model, layer) / int8_layer.sum_scale
     x, int8_x = read_by(layer, values), read_by(layer, int8_values)
     both = layer_output(fp32_model, layer, x, weight=weight, bias=bias)
     return {"int8": int8_values[output],
@@ -337,8 +337,8 @@ def follow(folded, int8_model, pixels, layer, spot):
     int8_layer, factor = int8_model.get_submodule(layer.name), factors[layer.output][channel].item()
     int8_weight = int8_layer.weight[channel]
     total = (q.long() * int8_weight.long()).sum()
-    rescale, result = int8_model.runner(layer), integers[layer.output][0][spot]
-    multiplier, offset = rescale.multiplier[channel], rescale.offset[channel]
+    result = integers[layer.output][0][spot]
+    multiplier, offset = int8_layer.multiplier[channel], int8_layer.offset[channel]
     to, scale_out = int8_model.integers[layer.output], None
     if not int8_model.is_fp32(layer.output):
         scale_out = int8_model.scale(layer.output).item()
@@ -365,16 +365,13 @@ def print_ledger(ledger, pictures):
           "A layer inherits an error with its input and adds its own: by rounding weights,\n"
           'biases and outputs. "At logits" is what its own error alone does to the logits.')
     headings = ("INT8 network", "inherited", "added", "by weights", "by biases", "by rounding")
-    columns = {"layer": [row["name"] for row in ledger]}
-    for heading, error in zip(headings, ERRORS):
-        columns[heading] = [decimal(row["sqnr_db"][error]) for row in ledger]
-    columns["at logits"] = [decimal(row["sqnr_db"]["logits"]) + (
-        "*" if row["hurts_most"] else " ") for row in ledger]
-    columns["% clipped"] = ["none" if row["clipped"] is None else f"{100 * row['clipped']:.2g}"
-                            for row in ledger]
-    columns["integer levels"] = ["FP32" if row["levels"] is None else
-                                 f"{row['levels_used']}/{row['levels']}" for row in ledger]
-    script.print_columns(columns)
+    script.print_table([{
+        "layer": row["name"],
+        **{heading: decimal(row["sqnr_db"][error]) for heading, error in zip(headings, ERRORS)},
+        "at logits": decimal(row["sqnr_db"]["logits"]) + ("*" if row["hurts_most"] else " "),
+        "% clipped": "none" if row["clipped"] is None else f"{100 * row['clipped']:.2g}",
+        "integer levels": "FP32" if row["levels"] is None else
+                          f"{row['levels_used']}/{row['levels']}"} for row in ledger])
     for row in ledger:
         if row["hurts_most"]:
             print(f"* Quantizing {row['name']} alone changes the logits most.")
@@ -385,28 +382,25 @@ def print_ranges(sources, pictures):
     print("\nWhere do the ranges come from? Each is the largest magnitude in all pictures,\n"
           f"and the file named has it. 99.9 % of the values in the first {pictures} are within\n"
           '"99.9%"; the ratio is that of the two.')
-    percentiles = [row["percentile999"] for row in sources]
-    ratios = [row["range"] / max(row["percentile999"], script.SMALLEST) for row in sources]
-    script.print_columns({
-        "activation": [row["activation"] for row in sources],
-        "range": [row["range"] for row in sources],
-        "99.9%": [f"{percentile:.4g}" for percentile in percentiles],
-        "ratio": [f"{ratio:.1f}" for ratio in ratios],
-        "picture": [row["number"] or "-" for row in sources],
-        "file": [script.shorten(row["file"], 30) if row["file"] else "pixels reach 255"
-                 for row in sources]})
+    script.print_table([{
+        "activation": row["activation"],
+        "range": row["range"],
+        "99.9%": f"{row['percentile999']:.4g}",
+        "ratio": f"{row['range'] / max(row['percentile999'], script.SMALLEST):.1f}",
+        "picture": row["number"] or "-",
+        "file": script.shorten(row["file"], 30) if row["file"] else "pixels reach 255"}
+        for row in sources])
 
 
 def print_curve(curve, sources, compared):
     """The table of `calibration_curve`."""
     print("\nHow many calibration pictures are enough? Ranges in % of the last ones; same\n"
           f"class in % and logit SQNR in dB of INT8 against FP32, on {compared} pictures")
-    columns = {"pictures": [row["pictures"] for row in curve]}
-    for name in script.ACTIVATIONS:
-        columns[name] = [f"{100 * row['ranges'][name]:.1f}" for row in curve]
-    columns["same class"] = [f"{100 * row['agreement']:.2f}" for row in curve]
-    columns["logit SQNR"] = [decimal(row["sqnr_db"]) for row in curve]
-    script.print_columns(columns)
+    script.print_table([{
+        "pictures": row["pictures"],
+        **{name: f"{100 * row['ranges'][name]:.1f}" for name in script.ACTIVATIONS},
+        "same class": f"{100 * row['agreement']:.2f}",
+        "logit SQNR": decimal(row["sqnr_db"])} for row in curve])
     last = curve[-1]["pictures"]
     settled = max((i + 1 for i, row in enumerate(curve) if not row["as_last"]), default=0)
     classes = f"from {curve[settled]['pictures']} on no class changes"

@@ -190,7 +190,8 @@ def openvino_engine(content):
 
 def overflowing(model):
     """The names of the layers whose INT8 kernels overflow on this CPU."""
-    return [layer.name for layer in script.LAYERS if script.kernel_overflows(model, layer)]
+    return [layer.name for layer in script.LAYERS
+            if script.kernel_overflows(model.get_submodule(layer.name))]
 
 
 def check_answers(name, logits, by_script, fp32, model):
@@ -225,7 +226,7 @@ def export(checkpoint, output, folder):
     Raises InputError, and leaves what is at `output`, where an input cannot be used or the check
     fails.
     """
-    model = script.INT8_Model.load(checkpoint)
+    model = script.load_int8_checkpoint(checkpoint)
     pictures, content = script.CatDogDataset(folder, model.recipe["IMAGE_SIZE"]), onnx_bytes(model)
     engines = dict([onnxruntime_engine(content)])
     if importlib.util.find_spec("openvino"):

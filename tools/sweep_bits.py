@@ -30,7 +30,7 @@ def read_by(layer, values):
     """What a layer reads of {activation: values}: pooled after a convolution, flat before FC1."""
     x = values[layer.input]
     if x.dim() == 4 and layer.input != "input":
-        x = script.MaxPool2d(2)(x)
+        x = script.maxpool(x)
     return x if layer.is_conv else x.flatten(1)
 
 
@@ -141,7 +141,7 @@ class Sweep:
             for key, model in networks.items():
                 x = values
                 for layer in script.LAYERS[first_layer_of(model.recipe["LAYER_BITS"]):]:
-                    x = {layer.output: model.run[layer.name](read_by(layer, x))}
+                    x = {layer.output: model.get_submodule(layer.name)(read_by(layer, x))}
                 logits[key].append(real(model, script.LOGITS, x[script.LOGITS]).cpu())
             self.progress(0)
         return {key: torch.cat(found) for key, found in logits.items()}

@@ -261,6 +261,8 @@ def to_rgb(image):
         image = ImageOps.exif_transpose(image)
     except Exception:       # EXIF data may hold anything; the pixels are fine
         pass
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
     if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))
@@ -285,6 +287,9 @@ def decode(picture, size):
         pixels = picture.width * picture.height
         if pixels > MOST_PIXELS:
             raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
+        # a PPM of mode I has 16-bit pixels
+        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
+            raise InputError("has 32-bit pixels, and nothing says which value is white")
         with LARGE if pixels > LARGE_PIXELS else nullcontext():
             picture.load()
             return np.array(to_rgb(picture).resize(size))
@@ -310,7 +315,10 @@ class CatDogDataset(Dataset):
         self.files, self.labels = [], []
         self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
         found = []
-        for parent, folders, names in os.walk(self.folder):
+        def cannot_list(error):
+            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
+
+        for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
             folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
             found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
         found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))

@@ -257,12 +257,12 @@ def label_of(path):
 
 def to_rgb(image):
     """A loaded Pillow picture of any mode as RGB, as a viewer shows it, upright, on white."""
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:       # EXIF data may hold anything; the pixels are fine
         pass
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
     if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))

@@ -241,7 +241,7 @@ def prepare_process():
 CLASSES = ("cat", "dog")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS runs a program
 MOST_PIXELS = 2**26     # of a picture
-LARGE_PIXELS, LARGE = 2**23, threading.Lock()   # larger pictures are decoded one at a time
+LARGE_PIXELS, LARGE = 2**24, threading.Lock()   # larger pictures are decoded one at a time
 KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
 
 def label_of(path):

@@ -20,9 +20,9 @@ it calculates scales, rounds weights and biases to integers, and then multiplies
     compare     which answers changed, and could it be chance?        a summary
     save        the INT8 network and the report                       results/
 
-The run at the end has these steps in this order; what it calls is defined above it. How quantization
-works is told in four sections, from "Arithmetic" to "Closer to FP32". Edit a constant in the file,
-or set it for one run on the command line: a preset, then NAME=value. --help lists all.
+The run at the end has these steps in this order; what it calls is defined above it. Four sections,
+from "Arithmetic" to "Closer to FP32", are about quantization itself. Edit a constant in the file, or
+set it for one run on the command line: a preset, then NAME=value. --help lists all.
 
     python quantize_catdog.py plain GPTQ=True
 

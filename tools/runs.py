@@ -85,7 +85,7 @@ def print_runs(rows):
         table.append(cells)
     print("The last runs on these evaluation pictures and weights, FP32 Top-1 "
           f"{last['fp32_top1']:.3f} %\n"
-          "(> the last run, * best SQNR, same class in %; runs.csv has all runs and constants)")
+          "(> last run, * best SQNR, same class in %; runs.csv has all runs and constants)")
     script.print_table(table)
 
 

@@ -2,33 +2,34 @@
 """
 # Post-training INT8 quantization of a cat/dog CNN
 
-    pip install -r requirements.txt && python quantize_catdog.py
+    pip install -r requirements.txt && python quantize_catdog.py        # Python 3.11 or later
 
 This script converts a trained FP32 network to 8-bit integers without training it again. It runs the
-network on some pictures and records the largest magnitude of each layer's output. From these ranges
-it calculates scales, rounds weights and biases to integers, and then multiplies and adds integers.
+network on some pictures and records the *range* of each layer's output, its largest magnitude. From
+the ranges it calculates scales, rounds weights and biases to integers, and computes on integers.
 
     step        what it does                                          output
     pictures    list them; each is decoded when it is first needed    uint8  (N, 3, 224, 224)
     load        read the checkpoint without executing anything in it  FP32   weights, batch norms
     fold        each batch norm into the convolution before it        FP32   weights, biases
     calibrate   run in FP32, observe the range of each activation     FP32   logits (N, 2), ranges
-    quantize    scale = largest integer / range; round so that the    int8   weights
+    quantize    scale = 255 or 127 / range; round so that the         int8   weights
                 outputs stay close to FP32                            int32  biases
     verify      check this CPU's INT8 kernels against exact results   which layers use them
     evaluate    layer by layer: integer products, int32 sums, rescale FP32   logits (N, 2)
     compare     which answers changed, and could it be chance?        a summary
     save        the INT8 network and the report                       results/
 
-The run at the end has these steps in this order; what it calls is defined above it. Four sections,
-from "Arithmetic" to "Closer to FP32", are about quantization itself. Edit a constant in the file, or
-set it for one run on the command line: a preset, then NAME=value. --help lists all.
+The run at the end of the file has these steps in this order. After the constants, four sections
+explain quantization itself, from "Arithmetic" to "Closer to FP32"; the rest is what a run needs
+around them. Edit a constant in the file, or set it for one run on the command line, by a preset or
+NAME=value; --help lists them. tools/runs.py then compares the runs, and tools/explain.py shows why
+answers changed.
 
     python quantize_catdog.py plain GPTQ=True
 
-tools/runs.py compares the runs, tools/explain.py shows why answers changed. The script is also a
-notebook: Jupytext turns what follows each `# %%` into a cell. It was ported from one, whose names
-it keeps.
+The script is also a notebook: Jupytext turns what follows each `# %%` into a cell. It keeps the
+names of the PyTorch notebook that it was ported from, "the notebook" below.
 """
 
 # %%
@@ -54,8 +55,8 @@ from typing import NamedTuple
 
 if __name__ == "__main__":      # libraries read these when they are imported
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # idle threads soon let others run
-    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # large pictures' memory is given back
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # idle threads wait without computing
+    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # memory of large pictures is freed
 
 import numpy as np
 import PIL
@@ -63,7 +64,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchnet.meter as tnt
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 
 # %% [markdown]
@@ -78,14 +79,14 @@ CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ra
 EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
 CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
 OUTPUT_DIR = "results"                  # folder for the INT8 network and the reports
-BATCH_SIZE = 5                          # pictures per batch; affects only speed and memory
+BATCH_SIZE = 5                          # affects speed and memory, and on some CPUs last digits
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
 DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
-INT8_ENGINE = "auto"                    # "reference", or "auto": kernels where exact and faster
-# the recipe: all that decides the integers; "A, or B" is A if True, B if False
-IMAGE_SIZE = (224, 224)                 # width and height; 212 to 227 give fc1 its 11 x 11 maps
+INT8_ENGINE = "auto"                    # "reference": exact sums; "auto": kernels where as exact
+# the recipe, which decides the integers; of two choices the first is True, the second False
+IMAGE_SIZE = (224, 224)                 # width and height, 212 to 227 each
 BIT = 8                                 # bits of an activation
-WEIGHT_BIT = 8                          # bits of a weight; fewer only make the file smaller
+WEIGHT_BIT = 8                          # bits of a weight; fewer: a smaller file, less exact
 LAYER_BITS = {}                         # weight bits of single layers, such as {"fc1": 4}
 PER_CHANNEL = True                      # one weight scale per output channel, or one per layer
 UNSIGNED_RELU = True                    # pixels and ReLU outputs use 0..255, or only 0..127
@@ -106,12 +107,12 @@ PRESETS = {"plain": {"HEADROOM": 1, "EQUALIZE": False, "GPTQ": False, "BIAS_CORR
 PRESETS["notebook"] = PRESETS["plain"] | {
     "PER_CHANNEL": False, "UNSIGNED_RELU": False, "BIAS_BIT": 16, "QUANTIZE_LOGITS": True}
 
-# a rule is (the legal values in words, a test of a value)
+# each of these is, or returns, a rule: (the legal values in words, a test of a value)
 def whole(low, high):
     return (f"a whole number from {low} to {high}",
             lambda value: type(value) is int and low <= value <= high)
 
-def one_of(*choices):       # compared by repr, since 1 == True
+def one_of(*choices):       # compared by repr: 1 == True, but 1 is not legal
     return " or ".join(map(repr, choices)), lambda value: repr(value) in map(repr, choices)
 
 def is_image_size(value):
@@ -119,9 +120,11 @@ def is_image_size(value):
 
 def is_layer_bits(value):       # LAYERS is defined with the network
     names, is_bits = [layer.name for layer in LAYERS], whole(2, 8)[1]
-    return type(value) is dict and all(k in names and is_bits(bit) for k, bit in value.items())
+    return type(value) is dict and all(
+        name in names and is_bits(bit) for name, bit in value.items())
 
-BOOL, TEXT = one_of(True, False), ("a text", lambda value: type(value) is str and value.strip())
+BOOL = one_of(True, False)
+STRING = "a string", lambda value: type(value) is str and value.strip() != ""
 LEGAL_RECIPE = {
     "IMAGE_SIZE": ("(width, height), each a whole number from 212 to 227", is_image_size),
     "BIT": whole(2, 8), "WEIGHT_BIT": whole(2, 8),
@@ -131,14 +134,13 @@ LEGAL_RECIPE = {
                  lambda value: type(value) in (int, float) and 1 <= value <= 16),
     "EQUALIZE": BOOL, "GPTQ": BOOL, "BIAS_CORRECTION": BOOL}
 LEGAL = {
-    "DATA_DIR": TEXT, "CALIBRATION_SPLIT": TEXT, "EVALUATION_SPLIT": TEXT, "CHECKPOINT": TEXT,
-    "OUTPUT_DIR": TEXT, "BATCH_SIZE": whole(1, 4096), "NUM_WORKERS": whole(1, 256),
-    "DEVICE": one_of("auto", "cpu", "cuda"),
+    "DATA_DIR": STRING, "CALIBRATION_SPLIT": STRING, "EVALUATION_SPLIT": STRING,
+    "CHECKPOINT": STRING, "OUTPUT_DIR": STRING, "BATCH_SIZE": whole(1, 4096),
+    "NUM_WORKERS": whole(1, 256), "DEVICE": one_of("auto", "cpu", "cuda"),
     "INT8_ENGINE": one_of("auto", "reference")} | LEGAL_RECIPE
 
 # %% [markdown]
-# How constants are read. Bad input raises an `InputError`: one line that says what is wrong, where,
-# and what to do. Last come the settings that a run changes in its process.
+# Bad input raises an `InputError`: one line that says what is wrong, where, and what to do.
 
 # %%
 def printable(text):
@@ -156,7 +158,7 @@ class InputError(Exception):
 
 def check_legal(constants, names):
     """Raise InputError unless {constant: value} has exactly these names, with legal values."""
-    for name in [*constants, *names]:
+    for name in constants | dict.fromkeys(names):
         if name not in names:
             near = difflib.get_close_matches(str(name).upper(), names, 1)
             hint = f"did you mean {near[0]}?" if near else "--help and LEGAL list them"
@@ -167,247 +169,15 @@ def check_legal(constants, names):
         if not is_legal(constants[name]):
             raise InputError(f"{name} = {constants[name]!r}: set it to {words}")
 
-def constants_block():
-    """The constants as they stand in this file, with their comments; "" in a notebook."""
-    if "__file__" not in globals():
-        return ""
-    return Path(__file__).read_text("utf-8").split("# what to run, and on what")[1].split("# %%")[0]
-
-def read_constants(names=tuple(LEGAL)):
-    """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
-    constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
-    # a misspelt constant in the file would have no effect
-    written = re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())
-    check_legal(constants | dict.fromkeys(name for name in written if name not in LEGAL), names)
-    return constants
-
-def set_constants(words, doc):
-    """Set constants from the words of a command line: presets, applied first, and NAME=value.
-
-    A value is a Python literal, or else a text. --help prints `doc`, the docstring of the program,
-    and the constants, and exits. Raises InputError for any other word.
-    """
-    if {"--help", "-h"} & set(words):
-        print(f"{doc}\nThe constants:\n{constants_block()}\nTheir legal values:\n")
-        print("\n".join(f"{name:<18} {legal}" for name, (legal, _) in LEGAL.items()))
-        print("\n".join(f"preset {name}: {changes}" for name, changes in PRESETS.items()))
-        sys.exit()
-    given = {}
-    for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
-        if word in PRESETS:
-            given |= PRESETS[word]
-            continue
-        name, _, text = word.partition("=")
-        try:
-            value = ast.literal_eval(text)
-        except Exception:       # what is not a literal raises many types
-            value = text        # a word without quotes, such as a folder's name
-        if isinstance(globals().get(name), str) and not isinstance(value, str):
-            value = text        # a folder may be called 2024
-        given[name] = value
-    check_legal(read_constants() | given, LEGAL)
-    globals().update(given)
-
-ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
-
-def resolve_path(*names):
-    """The path that constants name: below ROOT unless one is absolute; ~ is the home folder."""
-    return ROOT.joinpath(*[os.path.expanduser(name) for name in names])
-
-def display_path(path):
-    """A path as it is printed: relative to ROOT if it is inside ROOT."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-def device():
-    """The torch.device that DEVICE names."""
-    has_gpu = torch.cuda.is_available()
-    if DEVICE == "cuda" and not has_gpu:
-        raise InputError('DEVICE = "cuda": torch finds no GPU here; set it to "auto"')
-    return torch.device("cuda" if has_gpu and DEVICE != "cpu" else "cpu")
-
-def prepare_process():
-    """Settings of this process that a run needs. Importing the file changes none."""
-    if hasattr(sys.stdout, "reconfigure"):      # a file's name may hold what a terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
-    warnings.filterwarnings("ignore", module="PIL")     # broken pictures are listed in `skipped`
-    PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # accept long texts and colour profiles
-
-# %% [markdown]
-# ## Pictures
-# A file is decoded to uint8 pixels, and its path tells the label: 0 for cat, 1 for dog. Files that
-# cannot be used are left out and listed with the reason.
-
-# %%
-CLASSES = ("cat", "dog")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS runs a program
-MOST_PIXELS = 2**26     # of a picture
-LARGE_PIXELS, LARGE = 2**24, threading.Lock()   # larger pictures are decoded one at a time
-KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
-
-def label_of(path):
-    """The index in CLASSES of the class that a file's name says, or else its nearest folder's."""
-    for part in reversed(Path(path).parts):
-        words = re.findall(r"[^\W\d_]+", part.casefold())
-        named = [name for name in CLASSES if {name, f"{name}s"} & set(words)]
-        if len(named) > 1:
-            raise InputError(f"{part} says {' and '.join(named)}")
-        if named:
-            return CLASSES.index(named[0])
-    raise InputError(f"its path says neither {' nor '.join(CLASSES)}")
-
-def to_rgb(image):
-    """A loaded Pillow picture of any mode as RGB, as a viewer shows it, upright, on white."""
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:       # EXIF data may hold anything; the pixels are fine
-        pass
-    if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
-        grey = (np.asarray(image) / 257).clip(0, 255).round()
-        image = Image.fromarray(grey.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-def decode(picture, size):
-    """A picture -> uint8 (height, width, 3), RGB, of size (width, height).
-
-    picture: a path, a file object or the bytes of a file in one of FORMATS; a Pillow picture; or an
-    array, uint8 (h, w), (h, w, 3) or (h, w, 4). Resized with Pillow's default filter (bicubic), as
-    in the notebook. Raises InputError, whose text is to follow the picture's name.
-    """
-    try:
-        if isinstance(picture, np.ndarray):
-            picture = Image.fromarray(picture)
-        elif not isinstance(picture, Image.Image):
-            file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-            picture = Image.open(file, formats=FORMATS)
-        pixels = picture.width * picture.height
-        if pixels > MOST_PIXELS:
-            raise InputError(f"has {pixels:,} pixels, more than {MOST_PIXELS:,}")
-        # a PPM of mode I has 16-bit pixels
-        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
-            raise InputError("has 32-bit pixels, and nothing says which value is white")
-        with LARGE if pixels > LARGE_PIXELS else nullcontext():
-            picture.load()
-            return np.array(to_rgb(picture).resize(size))
-    except InputError:
-        raise
-    except Exception as error:      # decoders raise nearly every type on broken bytes
-        raise InputError(f"cannot be decoded: {type(error).__name__}: {error}") from None
-
-# %% [markdown]
-# A folder of pictures as a torch Dataset.
-
-# %%
-class CatDogDataset(Dataset):
-    """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
-
-    Ordered by the numbers in the path: cat.0, dog.0, cat.1, ..., so that the first few hold both
-    classes. What cannot be decoded is left out of its batch; `skipped` says why. size: (width,
-    height), IMAGE_SIZE unless given. Raises InputError where no picture is usable.
-    """
-
-    def __init__(self, folder, size=None):
-        self.folder, self.size = Path(folder), size or IMAGE_SIZE
-        self.files, self.labels = [], []
-        self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
-        found = []
-        def cannot_list(error):
-            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
-
-        for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
-            folders[:] = [name for name in folders if name[0] not in ".@"]  # .thumbnails, @eaDir
-            found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
-        found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))
-        for file in found:
-            try:
-                if not (self.folder / file).is_file():      # reading a pipe would wait for ever
-                    raise InputError("is not a file")
-                self.labels.append(label_of(file))
-                self.files.append(file)
-            except InputError as error:
-                self.skipped[file] = str(error)
-        self.usable()       # raises InputError if no picture is usable
-
-    def usable(self):
-        """[(file, label)] of those not skipped so far; raises InputError where there is none."""
-        usable = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
-        if not usable:
-            reasons = [f", e.g. {file} {reason}" for file, reason in self.skipped.items()]
-            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
-                             "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
-        return usable
-
-    def __str__(self):
-        counts = [f"{self.labels.count(i)} {name}" for i, name in enumerate(CLASSES)]
-        return f"{display_path(self.folder)}: {len(self)} pictures, {', '.join(counts)}"
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        if items := self.__getitems__([index]):
-            return items[0]
-        raise InputError(f"{self.files[index]} {self.skipped[self.files[index]]}")
-
-    def __getitems__(self, indices):
-        """The items of a batch, for DataLoader: decoded in threads, without undecodable ones."""
-        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow releases the GIL
-            decoded = pool.map(self.decode_file, [self.files[i] for i in indices])
-            return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
-                    for i, pixels in zip(indices, decoded) if pixels is not None]
-
-    def decode_file(self, file):
-        """A file's pixels, uint8 (height, width, 3); None where decoding fails, now or before."""
-        if file in self.kept or file in self.skipped:
-            return self.kept.get(file)
-        try:
-            pixels = decode(self.folder / file, self.size)
-        except InputError as error:
-            self.skipped[file] = str(error)
-            return None
-        if len(self.kept) < KEEP_BYTES // pixels.nbytes:
-            self.kept[file] = pixels
-        return pixels
-
-    def collate_fn(self, items):
-        """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
-        width, height = self.size
-        # channels last in memory, as the networks compute fastest
-        pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for row, (picture, _) in zip(pixels, items):
-            row.copy_(picture)
-        return pixels, torch.tensor([label for _, label in items]).long()
-
-    def first_pixels(self, count):
-        """uint8 (n, 3, height, width) of the first usable pictures, at most `count`."""
-        items = []
-        for start in range(0, len(self), count):
-            if len(items) < count:
-                items += self.__getitems__(range(start, min(start + count, len(self))))
-        self.usable()       # raises InputError if no picture is usable
-        return self.collate_fn(items[:count])[0].to(device())
-
-    def checksum(self):
-        """CRC-32 of the labels and the bytes of the usable files, in order; names do not count."""
-        crc = 0
-        for file, label in self.usable():
-            crc = zlib.crc32((self.folder / file).read_bytes(), crc + label)
-        return crc
-
 # %% [markdown]
 # ## Arithmetic
 # A real number x is stored as the integer q for which q / scale is nearest to x. (torch's own
 # quantizers call 1 / scale the scale.) The scale maps the *range*, the largest magnitude seen, to
-# the largest integer. Quantization here is symmetric: the integer 0 stands for 0.0, so that the
-# *zero point* of other schemes is always 0.
+# the largest integer. The integer 0 always stands for 0.0 (in other schemes another one may: the
+# *zero point*).
 
 # %%
-SMALLEST = 1e-12    # smaller ranges count as this, so that a dead layer does not divide by zero
+SMALLEST = 1e-12    # smaller ranges count as this: the scale of an all-zero layer stays finite
 
 class IntRange(NamedTuple):
     low: int
@@ -415,7 +185,7 @@ class IntRange(NamedTuple):
     dtype: torch.dtype
 
 def int_range(bit, unsigned=False):
-    """With 8 bits: -127..127 in int8, or 0..255 in uint8 for what is never negative."""
+    """With 8 bits: -127..127 (symmetric: no -128), or 0..255 for what is never negative."""
     if unsigned:
         return IntRange(0, 2**bit - 1, torch.uint8)
     largest = 2**(bit - 1) - 1
@@ -441,9 +211,9 @@ def quantize(x, scale, integers):
 def requantize(sums, multiplier, offset, integers):
     """Sums of products -> integers at the output's scale: q = clip(round(sums * M + offset)).
 
-    A sum is the real result times in_scale * w_scale. M = out_scale / (in_scale * w_scale) makes it
-    the real result times out_scale; offset = bias * M. With `integers.low` = 0 the clipping is the
-    ReLU. Product and sum are each rounded to FP32, as in the INT8 kernels.
+    A sum is the real result times in_scale * w_scale. The multiplier M = out_scale / (in_scale *
+    w_scale) makes it the real result times out_scale; offset = the int32 bias * M. With
+    `integers.low` = 0 the clipping is the ReLU. sums * M and the total are each rounded to FP32.
 
     >>> requantize(torch.tensor([1000.0, -500.0]), 0.01, 1.0, int_range(8, unsigned=True))
     tensor([11,  0], dtype=torch.uint8)
@@ -457,7 +227,7 @@ def fusion_conv_bn(conv, bn):
     bn(y) = (y - mean) * g + beta with g = gamma / sqrt(var + eps), hence W' = W * g and
     b' = b * g + (beta - mean * g) (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
 
-    >>> conv, bn = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0)         # y = W x + b
+    >>> conv, bn = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0)
     >>> for tensor, value in [(conv.weight, 2), (conv.bias, 1), (bn.running_mean, 1),
     ...                       (bn.running_var, 4), (bn.weight, 3), (bn.bias, 5)]:
     ...     _ = tensor.detach().fill_(value)
@@ -468,15 +238,15 @@ def fusion_conv_bn(conv, bn):
     return conv.weight * broadcast(g, 3), conv.bias * g + (bn.bias - bn.running_mean * g)
 
 def clip_bias(bias, recipe):
-    """Clip whole FP64 numbers (FP32 cannot represent 2^31 - 1) to BIAS_BIT bits, as int32."""
+    """Whole FP64 numbers -> int32, clipped to BIAS_BIT bits. (FP32 cannot hold 2^31 - 1.)"""
     largest = 2**(recipe["BIAS_BIT"] - 1) - 1
     return bias.clip(-largest, largest).to(torch.int32)
 
 def weight_quant(w, b, in_scale, bit, recipe):
     """FP32 weight (out, ...), bias (out,) -> int8 weight, int32 bias, weight scale (out,) or (1,).
 
-    bit: bits of the weight. A bias is added to sums of inputs times weights, so its scale is
-    theirs, in_scale * w_scale.
+    bit: bits of the weight. A bias is added to sums of inputs times weights, so it has their
+    scale, in_scale * w_scale.
 
     >>> w, b = torch.tensor([[0.5, -1.0]]), torch.tensor([0.1])
     >>> weight_quant(w, b, 2, 8, {"PER_CHANNEL": True, "BIAS_BIT": 32})     # b * 2 * 127 = 25.4
@@ -500,7 +270,7 @@ def layer_bit(recipe, layer):
     return recipe["LAYER_BITS"].get(layer.name, recipe["WEIGHT_BIT"])
 
 # %% [markdown]
-# ## The FP32 network and its observers
+# ## The FP32 network and its observer
 # Four blocks of convolution, batch norm, ReLU and pooling, then two fully connected layers. The
 # *activations* are the tensors that are quantized: the input, each ReLU's output and each fully
 # connected layer's output (the last one, the logits, only with QUANTIZE_LOGITS). An observer
@@ -509,9 +279,11 @@ def layer_bit(recipe, layer):
 # `cv1` the output of its ReLU, and `fc1` both a layer and its output.
 
 # %%
+CLASSES = ("cat", "dog")        # logit i is that of class i, and so is label i
+
 class Layer(NamedTuple):
     name: str           # of the convolution or fully connected layer
-    bn: str | None      # batch norm after a convolution; ReLU and pooling follow
+    bn: str | None      # batch norm after a convolution; None: a fully connected layer
     output: str         # the activation that it computes, before pooling
 
     @property
@@ -536,9 +308,9 @@ LOGITS = ACTIVATIONS[-1]
 FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 
 class Linear(nn.Linear):
-    """Like torch's, but with one product per picture: its result does not depend on the batch.
+    """Like torch's, but with one matrix product per picture.
 
-    For a single picture torch sums in another order, which changes the last digits.
+    torch's sums in an order that depends on the number of pictures, which changes the last digits.
     """
 
     def forward(self, x):
@@ -546,14 +318,14 @@ class Linear(nn.Linear):
         return torch.bmm(x[:, None], weight)[:, 0] + self.bias
 
 def maxpool(x):
-    """2 x 2 maximum; an odd last row or column is dropped. torch's is slower and refuses uint8."""
+    """2 x 2 maximum; an odd last row or column is dropped. (torch's is slower.)"""
     height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
     x = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
     return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 # %% [markdown]
-# `forward` passes every activation through `observe(name, data)`, which returns it: `update_range`
-# in calibration, `no_observer` in evaluation.
+# `forward` passes every activation through `observe(name, data)`, which returns it. `observe` is
+# `update_range` in calibration and `no_observer` in evaluation.
 
 # %%
 def no_observer(name, data):
@@ -589,7 +361,7 @@ class CNN_Model(nn.Module):
         self.float()        # whatever torch's default dtype is
         self.ranges = {}
 
-    @torch.autocast("cpu", enabled=False)       # not in 16 bits, wherever it is called
+    @torch.autocast("cpu", enabled=False)       # never in 16 bits
     def forward(self, x, observe=no_observer):
         x = observe("input", x.float())                                 # (N, 3, 224, 224)
         x = maxpool(observe("cv1", F.relu_(self.bn1(self.cnn1(x)))))    # (N, 16, 110, 110)
@@ -633,7 +405,7 @@ class CNN_Model(nn.Module):
         int8_model = INT8_Model(recipe).to(self.fc1.weight.device)
         for name, integers in int8_model.integers.items():
             range_data = self.ranges[name].amax()
-            if name in FC_INPUTS:       # there clipping costs most, and rounding least (measured)
+            if name in FC_INPUTS:       # clipping costs most there (measured)
                 range_data = range_data * recipe["HEADROOM"]
             if not range_data.isfinite():
                 raise InputError(f"activation {name} overflows FP32: give a checkpoint with "
@@ -670,7 +442,8 @@ class INT8Layer(nn.Module):
     """One layer on integers: clip(round(sums * M + offset)), or FP32 logits sums * M + offset.
 
     Buffers: weight, int8 (out, ...); bias, int32 (out,); w_scale, FP32 (out,) or (1,). inputs,
-    outputs: IntRange, or None for FP32 outputs. `prepare` it before use and after each change.
+    outputs: IntRange, or None for FP32 outputs. Call `prepare` before use, and again after a buffer
+    has changed.
 
     The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
     FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT), so
@@ -685,7 +458,7 @@ class INT8Layer(nn.Module):
         self.register_buffer("w_scale", torch.ones(scales, dtype=torch.float32))
 
     def prepare(self, in_scale, out_scale, use_kernel=False):
-        """Calculate what `forward` needs. The scales are those of inputs and outputs, or 1."""
+        """Calculate what `forward` needs. out_scale is 1 where the outputs stay FP32."""
         self.sum_scale = (in_scale * self.w_scale).expand(len(self.bias))     # of sums and bias
         self.multiplier = (out_scale / self.sum_scale).contiguous()           # M
         self.offset = self.bias * self.multiplier
@@ -708,7 +481,7 @@ class INT8Layer(nn.Module):
 
     @torch.autocast("cpu", enabled=False)
     def sums(self, x):
-        """The reference's sums of products in FP32."""
+        """The exact sums of products, returned in FP32."""
         operation = F.conv2d if self.is_conv else F.linear
         sums = operation(x.to(self.float_weight.dtype), self.float_weight)
         return sums if self.use_fp32 else sums.round().float()
@@ -738,7 +511,7 @@ class INT8Layer(nn.Module):
             geometry, packed = (), torch.ops.onednn.qlinear_prepack(self.weight, None)
         dtype = torch.float32 if self.outputs is None else dtype
         relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
-        relu_scalars, relu_algorithm = [], ""           # other activation functions have some
+        relu_scalars, relu_algorithm = [], ""           # unused by ReLU
         inputs, weights = (scale, zero_point), (packed, self.multiplier, zero_points, self.offset)
         outputs = scale, zero_point, dtype, relu, relu_scalars, relu_algorithm
         return operation, (*inputs, *weights, *geometry, *outputs)
@@ -754,7 +527,7 @@ class INT8Layer(nn.Module):
         return y.clip_(self.outputs.low, self.outputs.high).view(self.outputs.dtype)
 
     def __getstate__(self):
-        """A copy or a pickle is without its kernel: it may be used on another CPU."""
+        """Copies and pickles have no kernel: they may be used on another CPU."""
         return {**super().__getstate__(), "kernel": None}
 
 # %% [markdown]
@@ -765,15 +538,15 @@ class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, height, width) -> FP32 logits (N, 2).
 
     recipe: {constant: value} for each name in LEGAL_RECIPE. Buffers: scale_<activation> (FP32, one
-    value) and those of the layers; `CNN_Model.cl_scale` or a checkpoint fills them in. After a
-    change of any call `prepare` or `choose_engines`. Raises InputError for an illegal recipe.
+    value) and those of the layers; `CNN_Model.cl_scale` or a checkpoint fills them in. After
+    changing one, call `prepare` or `choose_engines`. Raises InputError for an illegal recipe.
     """
 
     def __init__(self, recipe):
         super().__init__()
         check_legal(recipe, LEGAL_RECIPE)
         self.recipe, self.is_prepared = copy.deepcopy(recipe), False
-        # {activation: IntRange}: pixels and ReLU outputs start at 0: 0..255, or 0..127 in int8
+        # {activation: IntRange}; pixels and ReLU outputs have 0..255, or 0..127 in int8
         signed = int_range(recipe["BIT"])
         positive = int_range(recipe["BIT"], recipe["UNSIGNED_RELU"])._replace(low=0)
         self.integers = {"input": positive} | {
@@ -802,7 +575,7 @@ class INT8_Model(nn.Module):
         return module.prepare(self.scale(layer.input), out_scale, use_kernel)
 
     def __getstate__(self):
-        """A copy or a pickle chooses its engines anew: it may be used on another CPU."""
+        """Copies and pickles choose their engines anew."""
         return {**super().__getstate__(), "is_prepared": False}
 
     def forward(self, x, observe=no_observer):
@@ -852,7 +625,7 @@ class INT8_Model(nn.Module):
         return CLASSES[logits.argmax()], logits.tolist()
 
 def next_input(layer, outputs):
-    """What the next layer reads of a layer's outputs, as in `forward`: pooled, then flat."""
+    """What the next layer reads of a layer's outputs, as in `forward`: pooled, and flat for fc1."""
     if layer.is_conv:
         outputs = maxpool(outputs)
     return outputs.flatten(1) if layer.output == FC_INPUTS[0] else outputs
@@ -880,12 +653,12 @@ def kernel_overflows(int8_layer):
     kernel's sums, with M = 1 and no bias, are compared with the exact ones.
     """
     shape, inputs = int8_layer.weight.shape, int8_layer.inputs
-    bare = INT8Layer(shape, 1, inputs, outputs=None).to(int8_layer.weight.device)
-    bare.weight.copy_(int8_layer.weight)
-    bare.prepare(in_scale=1, out_scale=1, use_kernel=True)
-    size = (shape[1], 9, 9) if bare.is_conv else shape[1:]              # more than 5 x 5
-    x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=bare.weight.device)
-    return bool((bare.reference(x) != bare.run_kernel(x)).any())
+    unscaled = INT8Layer(shape, 1, inputs, outputs=None).to(int8_layer.weight.device)
+    unscaled.weight.copy_(int8_layer.weight)
+    unscaled.prepare(in_scale=1, out_scale=1, use_kernel=True)
+    size = (shape[1], 9, 9) if unscaled.is_conv else shape[1:]      # any size from 5 x 5 on will do
+    x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=unscaled.weight.device)
+    return bool((unscaled.reference(x) != unscaled.run_kernel(x)).any())
 
 def judge_kernel(int8_model, layer, x, expected):
     """(whether a layer should use its kernel, why, how many outputs differ or None).
@@ -893,7 +666,7 @@ def judge_kernel(int8_model, layer, x, expected):
     x: the integers that the layer reads; expected: the reference's outputs.
     """
     if INT8_ENGINE == "reference":
-        return False, "INT8_ENGINE asks for it", None
+        return False, 'INT8_ENGINE = "reference"', None
     try:
         int8_layer = int8_model.prepare_layer(layer, use_kernel=True)
         different = int((int8_layer.run_kernel(x) != expected).sum())
@@ -950,13 +723,12 @@ def layer_table(int8_model):
 
 # %% [markdown]
 # ## Closer to FP32
-# Rounding each weight to the nearest integer is not the best that integers can do. Four methods
-# come closer with the same INT8 arithmetic, and none needs a label: headroom, cross-layer
-# equalization, GPTQ and bias correction. Headroom (in `cl_scale`) leaves room for pictures that
-# exceed the ranges seen in calibration.
+# Rounding each weight to the nearest integer is not the best use of integers. Four methods come
+# closer with the same INT8 arithmetic, and none needs a label. Headroom, in `cl_scale`, leaves room
+# for pictures that exceed the ranges seen in calibration; the others are below.
 
 # %%
-LARGEST_FACTOR = 4      # of equalization: channels that are silent in calibration may not stay so
+LARGEST_FACTOR = 4      # of equalization: a channel silent in calibration may not stay silent
 DAMPING = 0.01          # GPTQ's, as a share of the Hessian's mean diagonal, as in the paper
 GPTQ_STRIDE = 6         # GPTQ needs only every sixth row and column: neighbouring patches are alike
 SAMPLE = 20             # pictures for GPTQ and bias correction, and for the checks of the run
@@ -964,14 +736,14 @@ CHUNK = 5               # of these per forward pass: few enough for activations 
 
 @torch.no_grad()
 def equalize(folded):
-    """A copy of a folded network with weak channels scaled up, and the {activation: factors (C,)}.
+    """A copy of a folded network with weak channels scaled up, and {activation: factors (C,)}.
 
     All channels of an activation share one scale, set by the strongest, so weak ones use few of the
     integers. ReLU and pooling commute with a positive factor s: multiply by s in the layer that
     writes the channel and divide by s in the layer that reads it, and the logits stay the same.
-    s = sqrt(largest range / the channel's range) goes half-way, which leaves weak channels room for
-    values that calibration did not see. A variant of Nagel et al. 2019, arXiv:1906.04721, section
-    4.1, who equalize the ranges of weights.
+    s = sqrt(largest range / the channel's range) goes half-way as a ratio, which leaves weak
+    channels room for values that calibration did not see. A variant of Nagel et al. 2019,
+    arXiv:1906.04721, section 4.1, who equalize the ranges of weights.
     """
     model, found = copy.deepcopy(folded), {}
     for writer, reader in zip(LAYERS, LAYERS[1:]):
@@ -995,23 +767,23 @@ def gptq(weight, w_scale, hessian, integers):
 
     An output is the sum of K products of a weight and an input. Two inputs that are nearly always
     alike can share an error: one weight is rounded up, the other down. hessian (K, K) says how
-    alike they are: entry i, j is the sum of x_i x_j over the calibration pictures (half the second
-    derivative of the squared output error). w_scale: (out,). Returns integers (out, K) of the
-    IntRange `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    alike they are: entry i, j is the sum of x_i x_j over patches of calibration pictures (half the
+    second derivative of the squared output error). w_scale: (out,). Returns integers (out, K) of
+    the IntRange `integers` (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
     """
     # inputs that are always 0, or always alike, would make the Hessian singular
     damping = DAMPING * hessian.diagonal().mean() + SMALLEST
     inverse = torch.linalg.inv(hessian + damping * torch.eye(len(hessian)).to(hessian))
-    # After weight k is rounded, the best change of the later ones is error * row k of the inverse
-    # Hessian of the weights k, k + 1, ..., divided by its first entry. The rows of this Cholesky
-    # factor are these rows, up to a factor that cancels (step 3 of the paper)
+    # Let G be the inverse of the Hessian of the weights k, k + 1, ... alone. Once weight k is
+    # rounded, the best change of these weights is -error * G[0] / G[0, 0]. Row k of the Cholesky
+    # factor below is G[0] up to a factor that cancels (step 3 of the paper)
     upper = torch.linalg.cholesky(inverse, upper=True)
     weight = weight.t().clone(memory_format=torch.contiguous_format)        # (K, out)
     rounded = torch.zeros_like(weight, dtype=integers.dtype)
     for k in range(len(weight)):
         rounded[k] = quantize(weight[k], w_scale, integers)
-        error = (weight[k] - rounded[k] / w_scale) / upper[k, k]
-        weight[k:] -= torch.outer(upper[k, k:], error)
+        error = weight[k] - rounded[k] / w_scale
+        weight[k:] -= torch.outer(upper[k, k:], error / upper[k, k])
     return rounded.t()
 
 @torch.autocast("cpu", enabled=False)
@@ -1026,7 +798,7 @@ def gptq_conv(conv, w_scale, inputs, integers):
     return rounded.reshape(conv.weight.shape)
 
 def mean_error(expected, sums, bias, sum_scale):
-    """FP32 minus INT8 output of a layer, mean over pictures and positions, in FP32 units, (out,).
+    """FP32 minus INT8 output of a layer, mean over pictures and positions, in real units, (out,).
 
     expected, sums: chunks (n, out, ...) of FP32 outputs, and of INT8 sums before bias and ReLU;
     sum_scale: (out,).
@@ -1045,7 +817,7 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
     inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
     """
     recipe, int8 = int8_model.recipe, int8_model.get_submodule(layer.name)
-    if recipe["GPTQ"] and layer.is_conv:    # 20 pictures tell too little of 968 inputs
+    if recipe["GPTQ"] and layer.is_conv:    # SAMPLE pictures tell too little of fc1's 968 inputs
         integers = int_range(layer_bit(recipe, layer))
         conv = fp32_model.get_submodule(layer.name)
         int8.weight.copy_(gptq_conv(conv, int8.w_scale, inputs, integers))
@@ -1053,7 +825,7 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
     sums = [int8.sums(x) for x in inputs]
     if recipe["BIAS_CORRECTION"]:
         error = mean_error(expected, sums, int8.bias, int8.sum_scale)
-        error = error.nan_to_num(0, 0, 0)       # 0 where a mean overflowed
+        error = error.nan_to_num(nan=0, posinf=0, neginf=0)     # a mean may overflow
         change = torch.round(error * int8.sum_scale)
         int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
     int8_model.prepare_layer(layer)             # with the corrected bias
@@ -1065,7 +837,7 @@ def refine(int8_model, fp32_model, pixels):
 
     fp32_model: the folded network that int8_model was quantized from; pixels: calibration
     pictures, uint8 (n, 3, h, w). Each layer reads the output of the INT8 layers before it, refined
-    already. Its bias moves by the mean error of its output (Nagel et al. 2019, section 4.2).
+    already. Its bias is moved by the mean error of its output (Nagel et al. 2019, section 4.2).
     """
     chunks = pixels.split(CHUNK)
     fp32 = [activations_of(fp32_model, chunk) for chunk in chunks]
@@ -1073,7 +845,6 @@ def refine(int8_model, fp32_model, pixels):
     for layer in LAYERS:
         expected = [activations[layer.output] for activations in fp32]
         inputs = refine_layer(int8_model, fp32_model, layer, inputs, expected)
-    int8_model.is_prepared = False      # no engine has been chosen
 
 def quantize_network(folded, pixels, recipe):
     """A folded, calibrated network -> (the FP32 network that is quantized, its INT8_Model).
@@ -1089,6 +860,179 @@ def quantize_network(folded, pixels, recipe):
     if recipe["GPTQ"] or recipe["BIAS_CORRECTION"]:
         refine(int8_model, fp32_model, pixels)
     return fp32_model, int8_model
+
+# %% [markdown]
+# ## Pictures
+# A file is decoded to uint8 pixels, and its path tells the label: 0 for cat, 1 for dog. Files that
+# cannot be used are left out and listed with the reason.
+
+# %%
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS: it runs programs
+MOST_PIXELS = 2**26     # larger pictures are refused
+LARGE_PIXELS = 2**24    # larger pictures are decoded one at a time, to save memory
+LARGE_LOCK = threading.Lock()
+TURN = Image.Transpose
+# what makes a picture upright, by the orientation in its EXIF data
+UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
+           5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
+KEEP_BYTES = 2**28      # decoded pictures kept for the next pass; the others are decoded again
+
+def label_of(path):
+    """Index in CLASSES of the class in a file's name, or else in that of its nearest folder."""
+    for part in reversed(Path(path).parts):
+        words = re.findall(r"[^\W\d_]+", part.casefold())
+        named = [name for name in CLASSES if {name, f"{name}s"} & set(words)]
+        if len(named) > 1:
+            raise InputError(f"{part} says {' and '.join(named)}")
+        if named:
+            return CLASSES.index(named[0])
+    raise InputError(f"its path says neither {' nor '.join(CLASSES)}")
+
+def to_rgb(image):
+    """A loaded Pillow picture of any mode as RGB, as a viewer shows it, upright, on white."""
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")            # alpha is 0 everywhere: an unused byte
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:       # EXIF data may hold anything; the pixels are fine
+        orientation = None
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
+        grey = (np.asarray(image) / 257).clip(0, 255).round()
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+def decode(picture, size):
+    """A picture -> uint8 (height, width, 3), RGB, of size (width, height).
+
+    picture: a path, a file object or the bytes of a file in one of FORMATS; a Pillow picture; or an
+    array, uint8 (h, w), (h, w, 3) or (h, w, 4). Resized with Pillow's default filter (bicubic), as
+    in the notebook. Raises InputError, whose text continues the picture's name.
+    """
+    try:
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
+        elif not isinstance(picture, Image.Image):
+            file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+            picture = Image.open(file, formats=FORMATS)
+        count = picture.width * picture.height
+        if count > MOST_PIXELS:
+            raise InputError(f"has {count:,} pixels, more than {MOST_PIXELS:,}")
+        # modes F and I have 32 bits, but a PPM uses 16 of them
+        if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
+            raise InputError("has 32-bit pixels, and nothing says which value is white")
+        with LARGE_LOCK if count > LARGE_PIXELS else nullcontext():
+            picture.load()
+            return np.array(to_rgb(picture).resize(size))
+    except InputError:
+        raise
+    except Exception as error:      # decoders raise nearly every type on broken bytes
+        raise InputError(f"cannot be decoded: {type(error).__name__}: {error}") from None
+
+# %% [markdown]
+# This class makes a folder of pictures a torch Dataset.
+
+# %%
+class CatDogDataset(Dataset):
+    """The pictures below a folder: item i is (pixels uint8 (3, height, width), label).
+
+    Ordered by the numbers in the path: cat.0, dog.0, cat.1, ..., so that the first few hold both
+    classes. What cannot be decoded is left out of its batch; `skipped` says why. size: (width,
+    height), IMAGE_SIZE unless given. Raises InputError where no picture is usable.
+    """
+
+    def __init__(self, folder, size=None):
+        self.folder, self.size = Path(folder), size or IMAGE_SIZE
+        self.files, self.labels = [], []
+        self.skipped, self.kept = {}, {}        # {file: reason}, {file: pixels}
+        def cannot_list(error):
+            self.skipped[error.filename] = f"cannot be listed: {error.strerror}"
+
+        found = []
+        for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
+            folders[:] = [name for name in folders if name[0] not in ".@"]  # hidden folders
+            found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
+        found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))
+        for file in found:
+            try:
+                if not os.path.isfile(self.folder / file):  # reading a pipe would wait for ever
+                    raise InputError("is not a file")
+                self.labels.append(label_of(file))
+                self.files.append(file)
+            except InputError as error:
+                self.skipped[file] = str(error)
+        self.usable()       # raises InputError if no picture is usable
+
+    def usable(self):
+        """[(file, label)] of those not skipped so far; raises InputError where there is none."""
+        usable = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
+        if not usable:
+            reasons = [f", e.g. {file} {reason}" for file, reason in self.skipped.items()]
+            raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
+                             "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
+        return usable
+
+    def __str__(self):
+        counts = [f"{self.labels.count(i)} {name}" for i, name in enumerate(CLASSES)]
+        return f"{display_path(self.folder)}: {len(self)} pictures, {', '.join(counts)}"
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        if items := self.__getitems__([index]):
+            return items[0]
+        raise InputError(f"{self.files[index]} {self.skipped[self.files[index]]}")
+
+    def __getitems__(self, indices):
+        """The items of a batch, for DataLoader: decoded in threads, without undecodable ones."""
+        with ThreadPoolExecutor(NUM_WORKERS) as pool:       # Pillow releases the GIL
+            decoded = pool.map(self.decode_file, [self.files[i] for i in indices])
+            return [(torch.from_numpy(pixels).permute(2, 0, 1), self.labels[i])
+                    for i, pixels in zip(indices, decoded) if pixels is not None]
+
+    def decode_file(self, file):
+        """A file's pixels, uint8 (height, width, 3); None where decoding fails, now or before."""
+        if file in self.kept or file in self.skipped:
+            return self.kept.get(file)          # None for a skipped file
+        try:
+            pixels = decode(self.folder / file, self.size)
+        except InputError as error:
+            self.skipped[file] = str(error)
+            return None
+        if len(self.kept) < KEEP_BYTES // pixels.nbytes:
+            self.kept[file] = pixels
+        return pixels
+
+    def collate_fn(self, items):
+        """Items -> pixels uint8 (n, 3, height, width), labels int64 (n,); n may be 0."""
+        width, height = self.size
+        # channels last in memory: the layout in which the networks are fastest
+        pixels = torch.empty(len(items), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for row, (picture, _) in zip(pixels, items):
+            row.copy_(picture)
+        return pixels, torch.tensor([label for _, label in items]).long()
+
+    def first_pixels(self, count):
+        """uint8 (n, 3, height, width) of the first usable pictures, at most `count`."""
+        items = []
+        for start in range(0, len(self), count):
+            items += self.__getitems__(range(len(self))[start:start + count])
+            if len(items) >= count:
+                break
+        self.usable()       # raises InputError if no picture is usable
+        return self.collate_fn(items[:count])[0].to(device())
+
+    def checksum(self):
+        """CRC-32 of the labels and the bytes of the usable files, in order; not of their names."""
+        crc = 0
+        for file, label in self.usable():
+            crc = zlib.crc32((self.folder / file).read_bytes(), crc + label)
+        return crc
 
 # %% [markdown]
 # ## Checkpoints
@@ -1114,19 +1058,19 @@ def read_checkpoint(file):
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}; set CHECKPOINT") from None
     except Exception as error:      # damaged bytes raise nearly every type
-        # torch's message names the class or function that it refused
+        # torch's message names what it refused, such as "Unsupported global: GLOBAL os.system"
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
-        reason = f"it holds {unsafe[1]}" if unsafe else f"{type(error).__name__}: {error}"[:100]
+        reason = f"it holds {unsafe[1]}" if unsafe else str(error).split(". ")[0][:100]
         raise InputError(f"{name} cannot be loaded safely ({reason}): save weights alone, or use "
                          "tools/convert_checkpoint.py, which reads more kinds") from None
 
 def fill(model, values, name):
-    """Load the tensors that a model needs; return it on `device()`, ready to run; or InputError."""
+    """Load the tensors that a model needs; return the model on `device()`, ready; or InputError."""
     needed = {key: tensor for key, tensor in model.state_dict().items()
               if not key.endswith("num_batches_tracked")}
     for key, tensor in needed.items():
         found = values.get(key)
-        if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
+        if not (isinstance(found, torch.Tensor) and found.is_cpu and found.layout == torch.strided):
             held = ", ".join(map(str, values))[:60] or "no weights"
             raise InputError(f"{name}: {key} is missing, it holds {held}: "
                              "tools/convert_checkpoint.py reads more kinds")
@@ -1135,7 +1079,7 @@ def fill(model, values, name):
             raise InputError(f"{name}: {key} is {found.dtype} {tuple(found.shape)}, not "
                              f"{tensor.dtype} {tuple(tensor.shape)}")
         if not found.float().isfinite().all():
-            raise InputError(f"{name}: {key} has a NaN or an infinity in it, as FP32")
+            raise InputError(f"{name}: {key} is not finite in FP32")
     model.load_state_dict({key: values[key] for key in needed}, strict=False)
     return model.to(device()).eval().to(memory_format=torch.channels_last)
 
@@ -1163,7 +1107,7 @@ def int8_checkpoint(int8_model):
     return compressed.getvalue()
 
 def load_int8_checkpoint(file):
-    """The INT8_Model of the INT8 checkpoint of a run. file: a path or a file object.
+    """The INT8_Model that a run saved. file: a path or a file object.
 
     Raises InputError where its integers or scales are not those of its recipe.
     """
@@ -1187,14 +1131,14 @@ def load_int8_checkpoint(file):
     return int8_model
 
 def write_files(folder, contents):
-    """Write {name: bytes}, each file whole or not at all; raises InputError where it cannot."""
+    """Write {name: bytes}, each file whole or not at all, the last one last; or InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             for name, content in contents.items():
                 Path(temporary, name).write_bytes(content)
-            # no report of another run may stand beside the new network
-            (folder / list(contents)[-1]).unlink(missing_ok=True)
+            for name in list(contents)[1:]:     # no old report may stand beside a new network
+                (folder / name).unlink(missing_ok=True)
             for name in contents:
                 os.replace(Path(temporary, name), folder / name)
     except OSError as error:
@@ -1205,9 +1149,9 @@ def write_files(folder, contents):
 # Calibration and evaluation are the same pass over the pictures; calibration observes the ranges.
 
 # %%
-DECODED_TOGETHER = 64   # pictures decoded before the network runs: both at once would be slower
+DECODED_TOGETHER = 64   # pictures decoded before the network runs; doing both at once is slower
 TIMED_ROUNDS = 15       # the fastest counts, since other programs only slow a round down
-ROUNDING = 1e-3         # largest change by FP32's rounding, as a share of the largest logit
+ROUNDING = 1e-3         # largest change allowed to FP32's rounding, as a share of the largest logit
 
 class Predictions(NamedTuple):
     """What a network answered for n pictures of a dataset."""
@@ -1231,13 +1175,15 @@ def evaluate(name, model, pictures, observe=no_observer):
     decoded_together = BATCH_SIZE * math.ceil(DECODED_TOGETHER / BATCH_SIZE)
     loader = DataLoader(pictures, decoded_together, collate_fn=pictures.collate_fn)
     for decoded, their_labels in loader:
+        if not len(decoded):        # none of these could be decoded
+            continue
         for batch, batch_labels in zip(decoded.split(BATCH_SIZE), their_labels.split(BATCH_SIZE)):
             answers = model(batch.to(run_on), observe).cpu()
             meter.add(answers, batch_labels)
             logits += answers.tolist()      # tensors kept here would fragment the memory
         labels += their_labels.tolist()
         now = time.perf_counter()
-        if labels and now - reported >= 10:
+        if now - reported >= 10:
             left = (now - start) / len(labels) * (len(pictures) - len(labels))
             print(f"{name}: {len(labels)} of {len(pictures)} pictures, {left:.0f} seconds left")
             reported = now
@@ -1271,8 +1217,8 @@ def check_unchanged(step, model, other, pixels, tolerance):
 # Which answers changed, by how much, and could it be chance?
 
 # %%
-LISTED = 20         # changed pictures, and files left out, that the terminal lists
-LOW_SQNR = 20       # dB, an error of a tenth of the logits: expect changed answers below it
+LISTED = 20         # flips, and files left out, that the terminal lists
+LOW_SQNR = 20       # dB of signal-to-quantization-noise ratio; below it answers change
 
 def decibels(signal, noise):
     """Ratio of two energies in dB; None when there is no noise."""
@@ -1283,9 +1229,9 @@ def sqnr_db(signal, changed):
     signal, changed = signal.double(), changed.double()
     return decibels(signal.square().sum().item(), (signal - changed).square().sum().item())
 
-def wilson(correct, n, z=1.959964):
+def wilson(correct, n):
     """95 % Wilson score interval of a share, in percent (Wilson 1927)."""
-    share = correct / n
+    share, z = correct / n, 1.959964        # z: 97.5 % quantile of the normal distribution
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0, 100 * (middle - half)), min(100, 100 * (middle + half))
@@ -1293,9 +1239,9 @@ def wilson(correct, n, z=1.959964):
 def mcnemar(corrected, broken):
     """Exact two-sided p-value of McNemar's test (1947): of the pictures that exactly one network
     gets right, the probability that a fair coin would divide them at least this unevenly."""
-    pictures = corrected + broken
-    tail = sum(math.comb(pictures, k) for k in range(min(corrected, broken) + 1))
-    return min(1.0, 2 * tail / 2**pictures)
+    either = corrected + broken
+    tail = sum(math.comb(either, k) for k in range(min(corrected, broken) + 1))
+    return min(1.0, 2 * tail / 2**either)
 
 def accuracy_of(predictions):
     """Top-1 in percent, its interval, and confusion[label][answer], a count of pictures."""
@@ -1343,14 +1289,15 @@ def print_table(rows, width=80):
 
     Columns beyond `width` go into another block, which repeats the first column.
     """
+    headings = {heading: heading.replace("_", "_ ").split() for heading in rows[0]}
+    height = max(map(len, headings.values()))
     columns = []
-    for heading in rows[0]:
+    for heading, words in headings.items():
         values = [row[heading] for row in rows]
         cells = [format(value, {float: ".5g", int: ","}.get(type(value), "")) for value in values]
-        words = heading.replace("_", "_ ").split()
-        columns.append([text.rjust(max(map(len, [*words, *cells]))) for text in words + cells])
-    height = max(map(len, columns))
-    first, *others = [[" " * len(text[0])] * (height - len(text)) + text for text in columns]
+        texts = [""] * (height - len(words)) + words + cells
+        columns.append([text.rjust(max(map(len, texts))) for text in texts])
+    first, *others = columns
     while others:
         block = [first, others.pop(0)]
         while others and sum(len(text[0]) + 1 for text in [*block, others[0]]) <= width + 1:
@@ -1393,13 +1340,85 @@ def print_summary(report):
         print(f"  {shorten(row['file'], 78)}\n    {printable(row['reason'])[:76]}")
 
 # %% [markdown]
+# ## Command line
+# The constants as a run reads them, the paths that they name, the device, and the settings of a
+# run's process.
+
+# %%
+def constants_block():
+    """The constants as they stand in this file, with their comments; "" in a notebook."""
+    if "__file__" not in globals():
+        return ""
+    return Path(__file__).read_text("utf-8").split("# what to run, and on what")[1].split("# %%")[0]
+
+def read_constants(names=tuple(LEGAL)):
+    """{constant: value} as they are now; InputError for an illegal value or a misspelt name."""
+    constants = {name: copy.copy(globals()[name]) for name in names if name in globals()}
+    # a misspelt constant in the file is an error: it would have no effect
+    written = re.findall(r"(?m)^([A-Z]\w*) *=", constants_block())
+    check_legal(constants | dict.fromkeys(name for name in written if name not in LEGAL), names)
+    return constants
+
+def set_constants(words, doc):
+    """Set constants from the words of a command line: presets, applied first, and NAME=value.
+
+    A value is a Python literal, or else a string. --help prints `doc`, the docstring of the
+    program, and the constants, and exits. Raises InputError for any other word.
+    """
+    if {"--help", "-h"} & set(words):
+        print(f"{doc}\nThe constants:\n{constants_block()}\nTheir legal values:\n")
+        print("\n".join(f"{name:<18} {legal}" for name, (legal, _) in LEGAL.items()))
+        print("\n".join(f"preset {name}: {changes}" for name, changes in PRESETS.items()))
+        sys.exit()
+    given = {}
+    for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
+        if word in PRESETS:
+            given |= PRESETS[word]
+            continue
+        name, _, text = word.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except Exception:       # many types, for what is no literal
+            value = text        # a word without quotes, such as a folder's name
+        if isinstance(globals().get(name), str) and not isinstance(value, str):
+            value = text        # a folder may be called 2024
+        given[name] = value
+    check_legal(read_constants() | given, LEGAL)
+    globals().update(given)
+
+ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()    # notebook: cwd
+
+def resolve_path(*names):
+    """ROOT joined with these names; an absolute one replaces ROOT, and ~ is the home folder."""
+    return ROOT.joinpath(*[os.path.expanduser(name) for name in names])
+
+def display_path(path):
+    """A path as it is printed: relative to ROOT if it is inside ROOT."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+def device():
+    """The torch.device that DEVICE names."""
+    has_gpu = torch.cuda.is_available()
+    if DEVICE == "cuda" and not has_gpu:
+        raise InputError('DEVICE = "cuda": torch finds no GPU here; set it to "auto"')
+    return torch.device("cuda" if has_gpu and DEVICE != "cpu" else "cpu")
+
+def prepare_process():
+    """Settings of this process that a run needs. Importing the file changes none of them."""
+    if hasattr(sys.stdout, "reconfigure"):      # a file's name may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    torch.backends.cudnn.allow_tf32 = False             # FP32 means FP32, on a GPU too
+    warnings.filterwarnings("ignore", module="PIL")     # broken pictures are listed in `skipped`
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # bytes; at 1 MB Pillow refuses good pictures
+
+# %% [markdown]
 # ## The run
 # Each step is a cell, guarded so that importing the file runs nothing. The first reads the
 # constants and lists the pictures.
 
 # %%
 def end_in_one_line(kind, error, trace):
-    """sys.excepthook of the run: one line for bad input, files and Ctrl-C, none for `| head`."""
+    """sys.excepthook of the run: one line for bad input, files and Ctrl-C; none after `| head`."""
     if issubclass(kind, BrokenPipeError):       # head has what it wants: drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif issubclass(kind, KeyboardInterrupt):
@@ -1421,7 +1440,7 @@ if __name__ == "__main__":
     if CALIBRATION_SPLIT != EVALUATION_SPLIT:
         calibration = CatDogDataset(resolve_path(DATA_DIR, CALIBRATION_SPLIT))
     print(f"calibrating on {calibration}\nevaluating on  {evaluation}")
-    # in a notebook, delete what other constants made, so that a cell that is run too early fails
+    # in a notebook, delete results of earlier constants, so that a cell that is run too early fails
     for made_below in ("model", "folded", "calibrated", "int8_model", "int8"):
         globals().pop(made_below, None)
 
@@ -1455,16 +1474,19 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Quantize
 # Scales are calculated from the ranges, and weights and biases are rounded to integers. The table
-# shows for each layer the largest output that its integers cover (headroom and equalization
+# shows for each layer the largest output that its scale covers (headroom and equalization
 # included), its scales, and how many of the 31 bits of an int32 its largest possible sum takes.
 
 # %%
 if __name__ == "__main__":
-    recipe = read_constants(LEGAL_RECIPE)
+    recipe = read_constants(LEGAL_RECIPE)       # in a notebook they may have changed
     constants |= recipe
-    calibration_pixels = calibrated.pictures.first_pixels(SAMPLE)
-    fp32_model, int8_model = quantize_network(folded, calibration_pixels, recipe)
-    changes["equalization"] = check_unchanged("equalization", folded, fp32_model, pixels, ROUNDING)
+    sample = calibrated.pictures.first_pixels(SAMPLE)
+    fp32_model, int8_model = quantize_network(folded, sample, recipe)
+    changes["equalization"] = None
+    if recipe["EQUALIZE"]:
+        changes["equalization"] = check_unchanged(
+            "equalization", folded, fp32_model, pixels, ROUNDING)
     layers = layer_table(int8_model)
     print_table(layers)
 
@@ -1486,8 +1508,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Evaluate and compare
-# The same pictures on integers, counted alone. What matters is how many answers changed, and how
-# close to a tie those were.
+# The same pictures, now on integers. What matters is how many answers changed, and how close to a
+# tie those were.
 
 # %%
 if __name__ == "__main__":
@@ -1519,14 +1541,14 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     loaded = load_int8_checkpoint(io.BytesIO(int8_bytes))
-    changes["saving"] = check_unchanged("saving", int8_model, loaded, pixels, 0)
+    report["logit_changes"]["saving"] = check_unchanged("saving", int8_model, loaded, pixels, 0)
     report_json = (json.dumps(report, indent=1) + "\n").encode()
     output = resolve_path(OUTPUT_DIR)
     write_files(output, {"INT8_checkpoint.pth.tar": int8_bytes, "report.json": report_json})
     with open(output / "runs.jsonl", "ab", buffering=0) as runs:
         runs.write((json.dumps(report) + "\n").encode())    # one write: no run interrupts another
-    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json; "
-          "python tools/runs.py\ncompares this run with those before")
+    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json;\n"
+          "python tools/runs.py compares this run with those before")
 
 # %% [markdown]
 # ### Explain

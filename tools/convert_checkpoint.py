@@ -44,10 +44,11 @@ def weights_in(saved):
 def state_dict_of(values):
     """The state_dict of a CNN_Model from these values, as far as they have its names."""
     model = script.CNN_Model()
-    state = {name: values[name] for name in model.state_dict() if name in values}
+    state = {name: values[name] for name in model.state_dict()
+             if isinstance(values.get(name), torch.Tensor)}
     for layer in script.LAYERS:
         eps, variance = values.get(f"{layer.bn}.eps"), state.get(f"{layer.bn}.running_var")
-        if isinstance(eps, float) and isinstance(variance, torch.Tensor):
+        if isinstance(eps, (int, float)) and isinstance(variance, torch.Tensor):
             # the script's batch norms have torch's own eps: the difference goes into the variance
             state[f"{layer.bn}.running_var"] = variance + (eps - model.get_submodule(layer.bn).eps)
     return state
@@ -59,25 +60,29 @@ def convert(path):
         try:
             saved, name = script.read_checkpoint(path)
             values = weights_in(saved)
-        except AttributeError:                  # a namespace that is no layer
+            state = state_dict_of(values)
+        except (AttributeError, TypeError, RuntimeError):       # a namespace that is no layer
             raise script.InputError(f"checkpoint {path} holds no network of this kind") from None
     if isinstance(saved, dict) and "recipe" in saved:
         raise script.InputError(f"{name} is the INT8 network of a run: give FP32 weights")
-    state = state_dict_of(values)
     script.fill(script.CNN_Model(), state or values, name)      # or InputError
     file = io.BytesIO()
     torch.save({"model": state}, file)
-    script.load_checkpoint(file)
     return file.getvalue()
 
 
 def main():
     if len(sys.argv) != 3 or {"--help", "-h"} & set(sys.argv):
         print(__doc__)
-        sys.exit(0 if len(sys.argv) == 2 else 2)
+        sys.exit(0 if {"--help", "-h"} & set(sys.argv) else 2)
     theirs, ours = map(Path, sys.argv[1:])
-    script.write_files(ours.parent, {ours.name: convert(theirs)})
-    print(f"wrote {ours}, which quantize_catdog.py reads as CHECKPOINT")
+    try:
+        content = convert(theirs)
+    except script.InputError as error:          # without the advice to use this tool
+        advice = r"(, or use |: )tools/convert_checkpoint\.py.*"
+        raise script.InputError(re.sub(advice, "", str(error))) from None
+    script.write_files(ours.parent, {ours.name: content})
+    print(f"wrote {script.printable(str(ours))}, which quantize_catdog.py reads as CHECKPOINT")
 
 
 if __name__ == "__main__":

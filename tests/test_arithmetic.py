@@ -40,6 +40,7 @@ from helpers import (
     observe,
     observed,
     scales_of,
+    with_kernel,
 )
 
 ENGINES = {"reference": [], "kernel": EVERY_LAYER} if KERNELS else {"reference": []}     # layers with kernels
@@ -453,10 +454,6 @@ def test_editing_a_recipe_afterwards_changes_nothing(calibrated):
     assert_same_pass(MIXED, int8, PIXELS)
 
 # The engines
-
-def with_kernel(int8):
-    """The layers of a prepared network that use their kernels."""
-    return [name for name in EVERY_LAYER if int8.get_submodule(name).kernel]
 
 def fresh(int8):
     """Another network of the same integers, with no engine yet."""

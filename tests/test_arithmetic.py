@@ -485,8 +485,7 @@ def test_copies_have_no_engine_until_one_is_verified(kind, kernels, calibrated, 
     int8 = calibrated.cl_scale(as_constants(default())).prepare(kernels)
     values, logits = run(int8, PIXELS)
     other = COPIES[kind](int8)
-    # a shallow copy has the layers themselves
-    assert not other.is_prepared and with_kernel(other) == (kernels if kind == "copy" else [])
+    assert not other.is_prepared
     verified, choose_engines = [], script.choose_engines
     monkeypatch.setattr(script, "choose_engines", lambda model: verified.append(model) or choose_engines(model))
     found, found_logits = run(other, PIXELS)
@@ -499,6 +498,14 @@ def test_copies_have_no_engine_until_one_is_verified(kind, kernels, calibrated, 
         other.fc1.weight.neg_()
         assert not torch.equal(values_of(other.prepare(kernels), PIXELS)["fc1"], values["fc1"])
         assert_same_values(values_of(int8.prepare(kernels), PIXELS), values)
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_have_no_kernel(kind, calibrated, monkeypatch):
+    """They may be used on another CPU. A shallow copy has the layers themselves."""
+    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: "a kernel")
+    int8 = calibrated.cl_scale(as_constants(default())).prepare(EVERY_LAYER)
+    assert with_kernel(COPIES[kind](int8)) == (EVERY_LAYER if kind == "copy" else [])
+    assert with_kernel(int8) == EVERY_LAYER
 
 def test_two_threads_on_a_fresh_network(calibrated, monkeypatch):
     """Both choose its engines: the second runs no layer with a kernel, here a wrong one, that the first only tries."""

@@ -689,7 +689,8 @@ def test_home_folder(place, monkeypatch, usual, tmp_path_factory):
     place.val.parent.rename(home / "pictures")
     place.checkpoint.rename(home / "c.pth.tar")
     monkeypatch.setenv("HOME", str(home))
-    status, out, err = run_here(place.edit(DATA_DIR="~/pictures", CHECKPOINT="~/c.pth.tar", OUTPUT_DIR="~/out", BATCH_SIZE=4))
+    status, out, err = run_here(place.edit(BATCH_SIZE=4, DATA_DIR="~/pictures", CHECKPOINT="~/c.pth.tar",
+                                           OUTPUT_DIR="~/out"))
     assert (status, err) == (0, "")
     report = json.loads((home / "out" / "report.json").read_text())
     assert report["layers"] == usual[1]["layers"] and report["constants"]["DATA_DIR"] == "~/pictures"

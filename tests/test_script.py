@@ -655,7 +655,7 @@ def test_unusable_files_are_left_out_and_named(place, usual):
     shutil.rmtree(place.train)
     place.val.rename(place.train)                           # the same among the pictures that calibrate
     shutil.copytree(usual[0].train, place.val)
-    report, out = place.report()
+    report, out = place.report(BATCH_SIZE=4, DECODED_TOGETHER=1)
     assert {row["file"].replace("train", "val"): row["reason"].replace("cat_dog/train", "cat_dog/val")
             for row in report["skipped"]} == reasons
     assert report["images"] == {"evaluated": 6, "calibrated": 6} and "files left out: 12;" in out

@@ -332,6 +332,10 @@ def observed(state, pixels):
 def scales_of(model):
     return {name: model.scale(name).cpu().numpy() for name in ACTIVATIONS}
 
+def with_kernel(int8):
+    """The names of the layers of a prepared INT8_Model that use their kernels."""
+    return [name for name in EVERY_LAYER if int8.get_submodule(name).kernel]
+
 def integers_of(model):
     modules = {layer.name: model.get_submodule(layer.name) for layer in LAYERS}
     return {name: (module.weight.cpu().numpy(), module.bias.cpu().numpy(), module.w_scale.cpu().numpy())

@@ -10,7 +10,6 @@ import pickle
 import re
 import runpy
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -41,9 +40,10 @@ from helpers import (
     observe,
     observed,
     scales_of,
+    with_kernel,
 )
 
-ENGINES = {"reference": [], "onednn": EVERY_LAYER} if KERNELS else {"reference": []}     # layers with kernels
+ENGINES = {"reference": [], "kernel": EVERY_LAYER} if KERNELS else {"reference": []}     # layers with kernels
 MIXED = default()._replace(layer_bits={"cnn2": 2, "cnn4": 3, "fc1": 4})        # the others have 8
 NOTEBOOKS = [*[notebook(bit) for bit in range(2, 9)], notebook(8, 4), notebook(4, 8)]
 CASES = [*[default(bit) for bit in range(2, 9)], default(8, 4), default(8, 7), default(4, 8), *NOTEBOOKS]
@@ -101,7 +101,7 @@ def assert_same_values(found, expected):
 def assert_same_pass(recipe, int8, pixels):
     """Every layer's integers, and the logits, of both engines are the oracle's; return what was computed."""
     expected, totals, expected_logits = oracle.int8_pass(recipe, pixels.numpy(), scales_of(int8), integers_of(int8))
-    found, logits = run(int8.prepare([]), pixels)
+    found, logits = run(int8.prepare(), pixels)
     assert list(found) == ACTIVATIONS
     for name in expected:
         np.testing.assert_array_equal(found[name].numpy(), expected[name], err_msg=name)
@@ -184,7 +184,7 @@ def test_requantize_rounds_product_and_sum_separately():
 def test_max_pool_is_torchs(dtype):
     for height, width in [(4, 6), (5, 6), (4, 7), (7, 5), (2, 2), (3, 3)]:
         x = torch.randint(torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1, (2, 3, height, width), dtype=dtype)
-        pooled = script.MaxPool2d(2)(x)
+        pooled = script.maxpool(x)
         assert pooled.dtype == dtype and torch.equal(pooled.float(), torch.nn.MaxPool2d(2)(x.float()))
 
 # FP32 network and folding
@@ -297,7 +297,7 @@ def test_a_picture_has_the_same_values_to_the_last_bit_in_any_batch(height, widt
     int8 = calibrated.cl_scale(as_constants(default()) | {"IMAGE_SIZE": (width, height)})
     torch.set_num_threads(threads)
     try:
-        for model in (network(STATE), calibrated, *[copy.copy(int8).prepare(kernels) for kernels in ENGINES.values()]):
+        for model in (network(STATE), calibrated, *[fresh(int8).prepare(kernels) for kernels in ENGINES.values()]):
             values = values_of(model, pixels)
             for batch in (slice(1), slice(3, 4), slice(2), slice(1, 4)):
                 same = {name: value[batch] for name, value in values.items()}
@@ -394,10 +394,9 @@ def test_notebooks_requantization_differs_only_at_ties(case):
     assert different <= 1e-5 * total
 
 def test_largest_sums_and_table(case):
-    rows = [dict(zip(table, row)) for table in [script.layer_table(case.int8)] for row in zip(*table.values())]
-    for layer, row in zip(LAYERS, rows, strict=True):
+    for layer, row in zip(LAYERS, script.layer_table(case.int8), strict=True):
         bounds = oracle.largest_totals(case.recipe, layer.name, case.integers)
-        np.testing.assert_array_equal(case.int8.runner(layer).largest_sum.cpu(), bounds)
+        np.testing.assert_array_equal(case.int8.get_submodule(layer.name).largest_sum().cpu(), bounds)
         totals = np.abs(np.moveaxis(case.totals[layer.output], 1, 0)).reshape(len(bounds), -1).max(1)
         assert (totals <= bounds).all()
         wq, _, w_scale = case.integers[layer.name]
@@ -439,7 +438,7 @@ def test_pixels_of_another_type_or_size_are_refused(calibrated):
                        PIXELS[0], PIXELS.permute(0, 2, 3, 1)):
             with pytest.raises(script.InputError, match=r"uint8 .*\(n, 3, 224, 224\)"):
                 int8(pixels.to(DEVICE))
-        int8.prepare([])
+        int8.prepare()
     oblong = calibrated.cl_scale(as_constants(default()) | {"IMAGE_SIZE": (227, 212)})      # width, height
     pixels = torch.zeros(2, 3, 212, 227, dtype=torch.uint8, device=DEVICE)
     assert oblong(pixels).shape == (2, 2)
@@ -465,9 +464,8 @@ def fresh(int8):
 @pytest.mark.parametrize("kernels", ENGINES.values(), ids=ENGINES)
 def test_prepared_again_a_network_runs_the_tensors_that_it_has_now(kernels, calibrated):
     int8 = calibrated.cl_scale(as_constants(default()._replace(quantize_logits=True)))
-    assert int8.run == {} and int8.kernels == []
-    assert int8.prepare(kernels) is int8 and int8.kernels == kernels and list(int8.run) == EVERY_LAYER
-    assert [name for name, layer in int8.run.items() if layer.kernel is not None] == kernels
+    assert not int8.is_prepared
+    assert int8.prepare(kernels) is int8 and int8.is_prepared and with_kernel(int8) == kernels
     pixels, values = PIXELS[:1], values_of(int8, PIXELS[:1])
     for name, tensor in int8.named_buffers():
         before = tensor.clone()
@@ -479,46 +477,72 @@ def test_prepared_again_a_network_runs_the_tensors_that_it_has_now(kernels, cali
     assert_same_values(values_of(int8.prepare(kernels), pixels), values)
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda int8: pickle.loads(pickle.dumps(int8)),
-          "checkpoint": lambda int8: script.INT8_Model.load(io.BytesIO(script.int8_checkpoint(int8)))}
+          "checkpoint": lambda int8: script.load_int8_checkpoint(io.BytesIO(script.int8_checkpoint(int8)))}
 
 @pytest.mark.parametrize("kernels", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("kind", COPIES)
 def test_copies_have_no_engine_until_one_is_verified(kind, kernels, calibrated, monkeypatch):
     int8 = calibrated.cl_scale(as_constants(default())).prepare(kernels)
     values, logits = run(int8, PIXELS)
-    prepared, other = int8.run, COPIES[kind](int8)
-    assert other.run == {} and other.kernels == []
+    other = COPIES[kind](int8)
+    assert not other.is_prepared
     verified, choose_engines = [], script.choose_engines
     monkeypatch.setattr(script, "choose_engines", lambda model: verified.append(model) or choose_engines(model))
     found, found_logits = run(other, PIXELS)
     assert_same_values(found, values)
-    assert torch.equal(found_logits, logits) and verified == [other] and list(other.run) == EVERY_LAYER
-    assert "cnn2" in other.kernels or not KERNELS
-    assert int8.run is prepared and int8.kernels == kernels
-    if kind != "copy":                                                          # its tensors are its own
+    assert torch.equal(found_logits, logits) and verified == [other] and other.is_prepared
+    assert "cnn2" in with_kernel(other) or not KERNELS
+    assert int8.is_prepared and torch.equal(run(int8, PIXELS)[1], logits) and verified == [other]
+    if kind != "copy":                                                          # its layers are its own
+        assert with_kernel(int8) == kernels
         other.fc1.weight.neg_()
         assert not torch.equal(values_of(other.prepare(kernels), PIXELS)["fc1"], values["fc1"])
         assert_same_values(values_of(int8.prepare(kernels), PIXELS), values)
 
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_have_no_kernel(kind, calibrated, monkeypatch):
+    """They may be used on another CPU. A shallow copy has the layers themselves."""
+    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: "a kernel")
+    int8 = calibrated.cl_scale(as_constants(default())).prepare(EVERY_LAYER)
+    assert with_kernel(COPIES[kind](int8)) == (EVERY_LAYER if kind == "copy" else [])
+    assert with_kernel(int8) == EVERY_LAYER
+
 def test_two_threads_on_a_fresh_network(calibrated, monkeypatch):
-    """The second comes while the first prepares the layers."""
+    """Both choose its engines: the second runs no layer with a kernel, here a wrong one, that the first only tries."""
     int8 = calibrated.cl_scale(as_constants(default()))
-    logits, preparing = run(int8, PIXELS)[1], threading.Event()
+    logits, first = run(int8.prepare(), PIXELS)[1], []
+    judge, prepare = script.judge_kernel, script.INT8_Model.prepare
+    choosing, chosen, tried, answered = [threading.Event() for _ in range(4)]
 
-    class Slow(script.INT8Layer):
-        def __init__(self, *arguments, **keywords):
-            super().__init__(*arguments, **keywords)
-            if not preparing.is_set():
-                preparing.set()
-                time.sleep(0.2)
+    def judged(*arguments):
+        if not first:
+            first.append(threading.get_ident())
+            choosing.set()
+            chosen.wait(0.5)
+        return judge(*arguments)
 
-    monkeypatch.setattr(script, "INT8Layer", Slow)
+    def wrong(layer, x):
+        if threading.get_ident() in first and not tried.is_set():
+            tried.set()
+            answered.wait(0.5)
+        return layer.reference(x) + 1
+
+    def prepared(*arguments):
+        prepare(*arguments)
+        chosen.set()
+        tried.wait(0.5)
+
+    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: "a kernel")
+    monkeypatch.setattr(script.INT8Layer, "run_kernel", wrong)
+    monkeypatch.setattr(script.INT8_Model, "prepare", prepared)
+    monkeypatch.setattr(script, "judge_kernel", judged)
     other = fresh(int8)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(run, other, PIXELS)
-        assert preparing.wait(60)
-        second = pool.submit(run, other, PIXELS)
-    assert torch.equal(first.result()[1], logits) and torch.equal(second.result()[1], logits)
+        answers = [pool.submit(run, other, PIXELS)]
+        assert choosing.wait(60)
+        answers.append(pool.submit(run, other, PIXELS))
+        answers[1].add_done_callback(lambda _: answered.set())
+    assert [torch.equal(answer.result()[1], logits) for answer in answers] == [True, True]
 
 def sums_of_pairs(layer, x, largest):
     """A layer's outputs where products are added in pairs that saturate, and the pairs without a limit."""
@@ -535,10 +559,10 @@ def test_kernels_that_add_pairs_in_16_bits_overflow(layer, calibrated, monkeypat
     """As x86 without VNNI does, in any single layer; 7-bit weights and signed activations stay below 2^15."""
     def overflows(**changes):
         int8 = calibrated.cl_scale(as_constants(default()._replace(**changes)))
-        return script.kernel_overflows(int8, layer)
+        return script.kernel_overflows(int8.get_submodule(layer.name))
 
     assert not KERNELS or not overflows()                                               # this CPU's own
-    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer, weight: weight)
+    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: None)
     monkeypatch.setattr(script.INT8Layer, "run_kernel", lambda layer, x: sums_of_pairs(layer, x, 2**15 - 1))
     assert overflows() is (layer.name != "fc2")                                        # whose inputs are signed
     assert overflows(weight_bit=7) is False and overflows(unsigned=False) is False
@@ -564,25 +588,25 @@ def test_sums_beyond_24_bits_are_exact():
     middle = rng.integers(-120, 121, 512)
     int8.fc1.bias.copy_(torch.from_numpy(middle - sums))
     # eight pictures: with fewer, float32 kernels add in an order that happens to round nothing
-    found = run(int8.prepare([]), PIXELS.repeat(4, 1, 1, 1))[0]
+    found = run(int8.prepare(), PIXELS.repeat(4, 1, 1, 1))[0]
     assert torch.equal(found["cv4"].float().amax((0, 2, 3)), inputs.float())
     # sum and bias are each rounded to float32, which above 2^24 holds every second integer
     exact = sums.astype(np.float32) + (middle - sums).astype(np.float32)
     np.testing.assert_array_equal(found["fc1"], np.tile(exact, (8, 1)))
-    largest = int8.runner(LAYERS[4]).largest_sum
+    largest = int8.fc1.largest_sum()
     np.testing.assert_array_equal(largest.cpu(), oracle.largest_totals(default(), "fc1", integers_of(int8)))
     assert int(largest.max()).bit_length() == 26
 
 @pytest.mark.parametrize("layer, operation", [(LAYERS[0], "conv2d"), (LAYERS[4], "linear")])
 def test_a_gpu_whose_products_are_not_whole(layer, operation, calibrated, monkeypatch):
     """A convolution that is computed by a transform gives sums a little off in FP64: they are rounded."""
-    run_layer = calibrated.cl_scale(as_constants(default())).runner(layer)
-    x = torch.randint(0, 256, (2, *run_layer.weight.shape[1:]), dtype=torch.uint8)
-    expected = run_layer.sums(x)
-    run_layer.use_fp32, run_layer.weight = False, run_layer.weight.double()
+    int8_layer = calibrated.cl_scale(as_constants(default())).prepare_layer(layer)
+    x = torch.randint(0, 256, (2, *int8_layer.weight.shape[1:]), dtype=torch.uint8)
+    expected = int8_layer.sums(x)
+    int8_layer.use_fp32, int8_layer.float_weight = False, int8_layer.float_weight.double()
     exact = getattr(script.F, operation)
     monkeypatch.setattr(script.F, operation, lambda *arguments: exact(*arguments) + 1e-3)
-    assert torch.equal(run_layer.sums(x), expected)
+    assert torch.equal(int8_layer.sums(x), expected)
 
 # Extreme pictures and weights
 

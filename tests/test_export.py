@@ -67,8 +67,9 @@ def checkpoint(network, tmp_path_factory):
     return path
 
 @pytest.fixture(scope="module")
-def exported(checkpoint):
+def exported(checkpoint, network):
     """The file of the default recipe, as the tool writes it, and what it printed."""
+    skip_where_kernels_overflow(network("default"))
     path = checkpoint.with_name("INT8.onnx")
     status, out, err = python(ROOT / "tools" / "export_onnx.py", checkpoint, "--output", path)
     assert (status, err) == (0, "")
@@ -129,9 +130,7 @@ def answers(run, pixels, batch):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_answer_as_the_script(engine, exported, network, pictures):
     """A rounding tie moves the logits of few of 100 pictures, by less than the INT8 network's own error."""
-    model = network("default")
-    skip_where_kernels_overflow(model)
-    run = engine_of(engine, exported[0].read_bytes())
+    model, run = network("default"), engine_of(engine, exported[0].read_bytes())
     with torch.inference_mode():
         expected = torch.cat([model(chunk) for chunk in pictures.split(20)]).numpy()
     for batch in (1, 5):
@@ -226,16 +225,16 @@ def answers_of(kind):
     ("another class at a tie", 99, 1, True), ("error doubled", 100, 100, False), ("NaN", 99, 1, False)])
 def test_bound_of_the_check(kind, same, moved, near, capsys, network, monkeypatch):
     """VNNI is named where kernels overflow, and there alone."""
-    overflow = []
-    monkeypatch.setattr(script, "kernel_overflows", lambda model, layer: layer.name in overflow)
+    model, overflow = network("default"), []
+    monkeypatch.setattr(script, "kernel_overflows", lambda layer: layer in overflow)
     if near:
-        export_onnx.check_answers("engine", *answers_of(kind), None)
+        export_onnx.check_answers("engine", *answers_of(kind), model)
     else:
-        with pytest.raises(script.InputError, match="^engine .* no file is written"):
-            export_onnx.check_answers("engine", *answers_of(kind), None)
-        overflow.append("cnn2")
-        with pytest.raises(script.InputError, match="cnn2 .*VNNI.*WEIGHT_BIT"):
-            export_onnx.check_answers("engine", *answers_of(kind), None)
+        with pytest.raises(script.InputError, match="^engine .* no file is written.$"):
+            export_onnx.check_answers("engine", *answers_of(kind), model)
+        overflow.append(model.cnn2)
+        with pytest.raises(script.InputError, match="kernels of cnn2 overflow .*VNNI.*WEIGHT_BIT"):
+            export_onnx.check_answers("engine", *answers_of(kind), model)
     assert (f"engine: {same} of 100 classes are the script's;\n  a rounding step moved {moved} of 100 pictures; "
             "SQNR against FP32 ") in capsys.readouterr().out
 

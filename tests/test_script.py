@@ -896,37 +896,6 @@ def test_file_without_a_model(tmp_path, saved, load):
     refused(ROOT / "BEST_checkpoint.pth.tar", "not an INT8 network", "INT8_checkpoint.pth.tar",
             load=script.load_int8_checkpoint)
 
-@pytest.fixture
-def notebook_model(state):
-    """The notebook's module to pickle, whose class lives in __main__, with modules and attributes of its own."""
-    class CNN_Model(torch.nn.Module):
-        pass
-    CNN_Model.__module__, CNN_Model.__qualname__ = "__main__", "CNN_Model"
-    sys.modules["__main__"].CNN_Model = CNN_Model
-    model = CNN_Model()
-    for name, part in loaded(state).named_children():
-        kind = type(part).__mro__[1] if type(part).__module__ == "quantize_catdog" else type(part)      # torch's own
-        other = kind.__new__(kind)
-        other.__dict__.update(part.__dict__)
-        model.add_module(name, torch.nn.MaxPool2d(2) if name.startswith("maxpool") else other)
-    model.relu5, model.output = torch.nn.ReLU(), torch.nn.Softmax(dim=1)
-    model.range_cv1, model.Quantization, model.bit = torch.tensor(1.0), False, 8
-    yield model
-    vars(sys.modules["__main__"]).pop("CNN_Model", None)
-
-def test_pickled_module(tmp_path, state, notebook_model):
-    """The notebook's classes need not be there; the script's have the name that they have where it is imported. Other
-    classes are refused."""
-    for name, model in (("notebook", notebook_model), ("script", loaded(state))):
-        torch.save({"model": model}, tmp_path / name)
-    notebook_model.extra = torch.nn.Dropout()
-    torch.save({"model": notebook_model}, tmp_path / "c.pth.tar")
-    del sys.modules["__main__"].CNN_Model
-    for name in ("notebook", "script"):
-        found = script.load_checkpoint(tmp_path / name).state_dict()
-        assert all(torch.equal(found[name], value) for name, value in state.items() if value.is_floating_point())
-    refused(tmp_path / "c.pth.tar", "torch.nn.modules.dropout.Dropout")
-
 # the INT8 checkpoint
 
 KEYS = [f"scale_{name}" for name in oracle.ACTIVATIONS] + [

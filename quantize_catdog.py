@@ -534,6 +534,8 @@ class INT8Layer(nn.Module):
 # The network is six of these layers, with a scale for each activation.
 
 # %%
+CHOOSING = threading.Lock()     # one thread at a time chooses engines
+
 class INT8_Model(nn.Module):
     """The quantized network: uint8 pixels (N, 3, height, width) -> FP32 logits (N, 2).
 
@@ -581,8 +583,9 @@ class INT8_Model(nn.Module):
     def forward(self, x, observe=no_observer):
         """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""
         x = observe("input", self.quantize_pixels(x))                   # (N, 3, 224, 224)
-        if not self.is_prepared:
-            choose_engines(self)
+        with CHOOSING:
+            if not self.is_prepared:
+                choose_engines(self)
         x = maxpool(observe("cv1", self.cnn1(x)))                       # (N, 16, 110, 110)
         x = maxpool(observe("cv2", self.cnn2(x)))                       # (N, 32, 53, 53)
         x = maxpool(observe("cv3", self.cnn3(x)))                       # (N, 16, 25, 25)

@@ -774,6 +774,7 @@ def test_name_that_a_terminal_cannot_show(place):
 def test_answers_of_other_pictures_are_not_compared(place, monkeypatch):
     """One goes between two passes, or the answers are of another dataset of the same files."""
     monkeypatch.setattr(script, "KEEP_BYTES", 0)
+    monkeypatch.setattr(script, "BATCH_SIZE", 3)            # no picture is alone in its batch
     pictures, model = script.CatDogDataset(place.val), script.CNN_Model().eval()
     first, other = [script.evaluate("", model, each) for each in (pictures, script.CatDogDataset(place.val))]
     (place.val / "cat.1.jpg").unlink()

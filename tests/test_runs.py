@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import quantize_catdog as script
@@ -232,10 +233,11 @@ def test_the_same_pictures_in_another_folder_are_the_same(rerun, state):
 
 # lines that are damaged, and runs at the same time
 
-def add_run(folder, report):
+def add_run(folder, report, dumps=json.dumps):
     """The script's own lines that add a run to the table."""
     cell = SCRIPT.read_text().split("    write_files(output, ")[1].split("\n# %%")[0]
-    exec(textwrap.dedent(cell.partition("\n")[2]), vars(script) | {"output": folder, "report": report})
+    exec(textwrap.dedent(cell.partition("\n")[2]), vars(script) | {
+        "output": folder, "report": report, "json": SimpleNamespace(dumps=dumps)})
 
 @pytest.fixture
 def table(tmp_path, report):
@@ -289,10 +291,11 @@ def test_lines_that_end_otherwise(table, report, capsys, change, ms):
     assert out == (f"{table}: 1 lines cannot be read and are left out\n" if len(ms) == 3 else "")
 
 def add_runs(folder, reports, together):
-    """In a process of its own."""
+    """In a process of its own, which has little to do but to write."""
+    lines = [json.dumps(report) for report in reports]
     together.wait()
-    for report in reports:
-        add_run(folder, report)
+    for line in lines:
+        add_run(folder, line, dumps=str)
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("others", [1, 0])
@@ -300,7 +303,7 @@ def test_runs_at_the_same_time_lose_no_line(tmp_path, report, capsys, others):
     """Eighty, from four processes, of many changed pictures each. The table is there already, or theirs are the first.
     """
     fork = multiprocessing.get_context("fork")
-    reports = [report | {"int8": report["int8"] | {"ms_per_image": i}, "flips": ["a changed picture"] * 5000}
+    reports = [report | {"int8": report["int8"] | {"ms_per_image": i}, "flips": ["a changed picture"] * 20_000}
                for i in range(80 + others)]
     for other in reports[80:]:
         add_run(tmp_path, other)

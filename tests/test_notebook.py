@@ -9,7 +9,7 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 
-from helpers import ROOT, Place
+from helpers import KERNELS, ROOT, Place, python
 
 
 class Notebook:
@@ -89,14 +89,15 @@ def notebook(places):
 
 # the first cell of the run, and those of its steps
 FIRST, FOLD, QUANTIZE = "set_constants(sys.argv", "folded = model.fused()", "int8_model = quantize_network("
-EVALUATE, SAVE = "int8 = evaluate(", "print_runs(add_run("
+EVALUATE, SAVE = "int8 = evaluate(", "write_files(output, "
 VALUES = 16 * 220**2 + 32 * 106**2 + 16 * 51**2 + 8 * 23**2 + 512 + 2      # outputs of all layers for a picture
 
 def test_as_a_notebook(places, notebook):
     place, plain = places
     assert_same_run(place, plain)
-    counts = re.findall(r"(?m)^ *(?:cnn|fc)\d +([\d,]+) +0 ", notebook.printed("= choose_engines("))
-    assert sum(int(count.replace(",", "")) for count in counts) == 6 * VALUES
+    rows = re.findall(r"(?m)^ *(?:cnn|fc)\d +([\d,]+) +([\d,]+) +(\w+)", notebook.printed("= choose_engines("))
+    assert sum(int(compared.replace(",", "")) for compared, _, _ in rows) == 6 * VALUES
+    assert all(different == "0" or (engine == "reference" and not KERNELS) for _, different, engine in rows)
     assert "INT8 Top1: " in notebook.printed(EVALUATE)
     assert (place.results / "report.png").exists() and "report.png" in notebook.printed("%run tools/explain.py")
 
@@ -104,8 +105,10 @@ def test_as_a_notebook(places, notebook):
     notebook.edit("EQUALIZE = True ", "EQUALIZE = False")
     notebook.run(notebook.constants)
     assert_same_run(place, plain, EQUALIZE=False)
-    table = notebook.printed(SAVE)                  # both runs, and the constant that differs
-    assert "EQUALIZE" in table and " True" in table and "False" in table and ">2" in table
+    status, table, err = python(place.folder / "tools" / "runs.py")     # both runs, and the constant that differs
+    assert (status, err) == (0, "") and "saving changed a logit by at most 0," in notebook.printed(SAVE)
+    heading, *rows = [line.split() for line in table.splitlines()[2:]]
+    assert "EQUALIZE" in rows[0] and [row[:2] for row in rows[1:]] == [["1", "True"], [">2", "False"]]
     before = results(place)[0]
 
     # bad input: one readable line, and the cells below do not run
@@ -177,8 +180,9 @@ def test_markdown_cells_head_each_step():
     text = (ROOT / "quantize_catdog.py").read_text()
     assert "\n    # %%" not in text
     cells = jupytext.reads(text, "py:percent").cells
-    steps = [i for i, cell in enumerate(cells) if cell.source.startswith('if __name__ == "__main__":')]
-    assert len(steps) >= 8
+    steps = [i for i, cell in enumerate(cells) if 'if __name__ == "__main__":\n' in cell.source]
+    assert [re.match("##+ (.*)", cells[i - 1].source)[1] for i in steps] == [
+        "The run", "Load and fold", "Calibrate", "Quantize", "Verify", "Evaluate and compare", "Save"]
     for i in steps:
         assert cells[i - 1].cell_type == "markdown" and len(cells[i - 1].source.split()) > 8
         compile(cells[i].source, "cell", "exec")

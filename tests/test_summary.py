@@ -99,6 +99,19 @@ def test_figures_in_the_summary(crowded, capsys):
                  "same class 98.75 %, logit SQNR 39.7 dB, INT8 1.8 times as fast"):
         assert line.split() in lines
 
+TABLE = [{"run": "1", "LAYER_BITS": "{}", "SQNR dB": "30.0 ", "Top-1 %": 1000},
+         {"run": ">2", "LAYER_BITS": "{'fc1': 4}", "SQNR dB": "31.5*", "Top-1 %": 9.51239}]
+WIDE = ["        LAYER_  SQNR  Top-1", "run       BITS    dB      %", "  1         {} 30.0   1,000",
+        " >2 {'fc1': 4} 31.5* 9.5124"]
+
+@pytest.mark.parametrize("width, edges", [(80, [3, 27]), (27, [3, 27]), (26, [3, 20, 27]), (20, [3, 20, 27]),
+                                          (19, [3, 14, 27]), (16, [3, 14, 27]), (15, [3, 14, 20, 27])])
+def test_a_table_is_printed_in_blocks_that_fit(capsys, width, edges):
+    """Each begins with the first column."""
+    script.print_table(TABLE, width)
+    blocks = [line[:3] + line[a:b] for a, b in zip(edges, edges[1:]) for line in WIDE]
+    assert capsys.readouterr().out.splitlines() == blocks
+
 NAMES = ["x" * 300, "cat.0.jpg", "猫" * 200, "a\nb\r\x1b[2J" * 30, "\u202e" * 99, "\udcff" * 99, "cat\u0301" * 99,
          " " * 500, "/".join(["folder"] * 60)]
 

@@ -160,8 +160,9 @@ def check_legal(constants, names):
     """Raise InputError unless {constant: value} has exactly these names, with legal values."""
     for name in constants | dict.fromkeys(names):
         if name not in names:
-            near = difflib.get_close_matches(str(name).upper(), names, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help and LEGAL list them"
+            known = {each.upper(): each for each in [*names, *PRESETS]}
+            near = difflib.get_close_matches(str(name).upper(), known, 1)
+            hint = f"did you mean {known[near[0]]}?" if near else "--help and LEGAL list them"
             raise InputError(f"{name}: no constant of this name, {hint}")
         words, is_legal = LEGAL[name]
         if name not in constants:
@@ -1063,7 +1064,8 @@ def read_checkpoint(file):
     except Exception as error:      # damaged bytes raise nearly every type
         # torch's message names what it refused, such as "Unsupported global: GLOBAL os.system"
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
-        reason = f"it holds {unsafe[1]}" if unsafe else str(error).split(". ")[0][:100]
+        said = f"{type(error).__name__}: {error}".split(". ")[0][:100]
+        reason = f"it holds {unsafe[1]}" if unsafe else said
         raise InputError(f"{name} cannot be loaded safely ({reason}): save weights alone, or use "
                          "tools/convert_checkpoint.py, which reads more kinds") from None
 
@@ -1548,10 +1550,11 @@ if __name__ == "__main__":
     report_json = (json.dumps(report, indent=1) + "\n").encode()
     output = resolve_path(OUTPUT_DIR)
     write_files(output, {"INT8_checkpoint.pth.tar": int8_bytes, "report.json": report_json})
-    with open(output / "runs.jsonl", "ab", buffering=0) as runs:
-        runs.write((json.dumps(report) + "\n").encode())    # one write: no run interrupts another
     print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json;\n"
           "python tools/runs.py compares this run with those before")
+    with open(output / "runs.jsonl", "ab", buffering=0) as runs:
+        # in one write, lest another run comes between; a line before may have been cut short
+        runs.write(("\n" + json.dumps(report)).encode())
 
 # %% [markdown]
 # ### Explain

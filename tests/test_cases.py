@@ -86,7 +86,7 @@ MEMORY = """
 import os, re, sys
 os.environ["PILLOW_BLOCK_SIZE"] = "64m"
 import quantize_catdog as script
-script.NUM_WORKERS = 8
+script.NUM_WORKERS, script.LARGE_PIXELS = 8, 2**23
 pictures = script.CatDogDataset(sys.argv[1])
 
 

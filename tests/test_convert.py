@@ -159,7 +159,7 @@ BAD = {
     "a weight is missing": (lambda state: {"state_dict": without(state, "fc2.bias")}, "fc2.bias is missing"),
     "another shape": (lambda state: state | {"fc1.weight": torch.zeros(512, 100)}, "fc1.weight is torch.float32 (512,"),
     "integers": (lambda state: state | {"cnn1.bias": torch.zeros(16).int()}, "cnn1.bias is torch.int32"),
-    "NaN": (lambda state: with_prefix("module.", state | {"fc2.bias": torch.full((2,), torch.nan)}), "fc2.bias has a"),
+    "NaN": (lambda state: with_prefix("module.", state | {"fc2.bias": torch.full((2,), torch.nan)}), "fc2.bias is not finite"),
     "without memory": (lambda state: state | {"fc2.bias": torch.empty(2, device="meta")}, "fc2.bias is missing"),
     "INT8": (lambda state: {"recipe": {}, "model": state}, "is the INT8 network of a run: give FP32 weights"),
     "a list": (lambda state: [state], NO_WEIGHTS),
@@ -171,7 +171,7 @@ BAD = {
     "buffers are a list": (changed(lambda model: vars(model.bn1).update(_buffers=[])), NO_NETWORK),
     "no statistics": (changed(lambda model: model.bn1._buffers.update(running_var=None)), "bn1.running_var is missing"),
     "sparse": (changed(lambda model: model.bn1._buffers.update(running_var=torch.ones(16).to_sparse())), NO_NETWORK),
-    "eps is NaN": (changed(lambda model: setattr(model.bn1, "eps", torch.nan)), "bn1.running_var has a NaN"),
+    "eps is NaN": (changed(lambda model: setattr(model.bn1, "eps", torch.nan)), "bn1.running_var is not finite"),
 }
 
 @pytest.mark.parametrize("kind", BAD)

@@ -16,6 +16,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import quantize_catdog as script
 
 PRINTED = 12    # rows
+CRCS = ("evaluation_crc", "calibration_crc", "checkpoint_crc")
 # {column: (heading, format)} of a run's figures
 FIGURES = {"sqnr_db": ("SQNR dB", ".1f"), "same_class": ("same class", ".1f"),
            "top1": ("Top-1 %", ".1f"), "p": ("p", ".2g"), "ms": ("ms", ".2f"),
@@ -25,7 +26,8 @@ FIGURES = {"sqnr_db": ("SQNR dB", ".1f"), "same_class": ("same class", ".1f"),
 def run_row(report):
     """{column: value} of a run: when, on what, its figures, its constants."""
     fp32, int8, sqnr = report["fp32"], report["int8"], report["logit_sqnr_db"]
-    row = {"when": report["when"], **report["inputs"], "fp32_top1": fp32["top1"],
+    inputs = {name: int(report["inputs"][name]) for name in CRCS}
+    row = {"when": report["when"], **inputs, "fp32_top1": float(fp32["top1"]),
            "sqnr_db": float("inf") if sqnr is None else sqnr,
            "same_class": 100 * report["agreement"], "top1": int8["top1"],
            "p": report["mcnemar"]["p"], "fp32_ms": fp32["ms_per_image"],
@@ -42,8 +44,8 @@ def read_runs(path):
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             rows.append(run_row(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            unreadable += 1
+        except Exception:       # a damaged line raises nearly every type
+            unreadable += bool(line.strip())
     if unreadable:
         print(f"{script.display_path(path)}: {unreadable} lines cannot be read and are left out")
     if not rows:

@@ -1553,8 +1553,7 @@ if __name__ == "__main__":
     print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json;\n"
           "python tools/runs.py compares this run with those before")
     with open(output / "runs.jsonl", "ab", buffering=0) as runs:
-        # in one write, lest another run comes between; a line before may have been cut short
-        runs.write(("\n" + json.dumps(report)).encode())
+        runs.write((json.dumps(report) + "\n").encode())    # one write: no run comes between
 
 # %% [markdown]
 # ### Explain

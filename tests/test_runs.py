@@ -86,7 +86,7 @@ def test_a_run_adds_its_report(usual):
     assert (place.results / "runs.jsonl").read_text() == json.dumps(report) + "\n"
     written = time.mktime(time.strptime(report["when"], "%Y-%m-%d %H:%M:%S"))
     assert abs(written - (place.results / "runs.jsonl").stat().st_mtime) < 60
-    assert out.endswith("report.json; python tools/runs.py\ncompares this run with those before\n")
+    assert out.endswith("report.json;\npython tools/runs.py compares this run with those before\n")
 
 def test_a_run_is_a_row(rerun, usual):
     """runs.csv holds its figures as the report has them; the table is printed, and the runs stay as they are."""
@@ -107,7 +107,7 @@ def test_a_run_is_a_row(rerun, usual):
         str(list(value) if type(value) is tuple else value) for value in constants.values()]
     assert out == f"""\
 The last runs on these evaluation pictures and weights, FP32 Top-1 {fp32['top1']:.3f} %
-(> the last run, * best SQNR, same class in %; runs.csv has all runs and constants)
+(> last run, * best SQNR, same class in %; runs.csv has all runs and constants)
 {printed([runs.run_row(report)])}"""
 
 def test_a_name_with_a_line_break_stays_in_its_row(report, tmp_path):
@@ -277,18 +277,18 @@ def test_a_broken_line_is_left_out_and_said(table, capsys, at, old, new):
     assert table.read_bytes() == b"".join(lines)
 
 @pytest.mark.parametrize("change, ms", [
-    (lambda content: content[:-1], [1, 2, 3, 4]), (lambda content: content[:-30], [1, 2, 4]),
+    (lambda content: content[:-1], [1, 2]), (lambda content: content[:-30], [1, 2]),
     (lambda content: content.replace(b"\n", b"\r\n"), [1, 2, 3, 4]), (lambda content: content + b"\n", [1, 2, 3, 4])],
     ids=range(4))
 def test_lines_that_end_otherwise(table, report, capsys, change, ms):
-    """As an editor, a full disk or a stopped run leaves them: the next run is not lost."""
+    """As an editor or a full disk leaves them: what is joined to the next run cannot be read, and it is said."""
     content = change(table.read_bytes())
     table.write_bytes(content)
     report["int8"]["ms_per_image"] = 4
     add_run(table.parent, report)
     rows, out = read(table, capsys)
     assert [each["ms"] for each in rows] == ms and table.read_bytes().startswith(content)
-    assert out == (f"{table}: 1 lines cannot be read and are left out\n" if len(ms) == 3 else "")
+    assert out == (f"{table}: 1 lines cannot be read and are left out\n" if len(ms) == 2 else "")
 
 def add_runs(folder, reports, together):
     """In a process of its own, which has little to do but to write."""

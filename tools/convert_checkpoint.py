@@ -1,11 +1,12 @@
 """Convert a checkpoint, as people save them, to one that quantize_catdog.py reads.
 
-    python tools/convert_checkpoint.py THEIRS BEST_checkpoint.pth.tar
+    python tools/convert_checkpoint.py THEIRS OURS
 
-THEIRS may hold a state_dict or a whole network, alone or under a usual key; the
-prefixes of DataParallel, torch.compile and Lightning are taken off. Nothing in it
-is executed: torch's safe loader builds tensors and plain values, and each object
-of a pickled network is replaced by a namespace with its attributes.
+OURS is a new file, which CHECKPOINT=OURS quantizes. THEIRS may hold a state_dict
+or a whole network, alone or under a usual key; the prefixes of DataParallel,
+torch.compile and Lightning are taken off. Nothing in it is executed: torch's safe
+loader builds tensors and plain values, and each object of a pickled network is
+replaced by a namespace with its attributes.
 """
 import io
 import re
@@ -76,6 +77,8 @@ def main():
         print(__doc__)
         sys.exit(0 if {"--help", "-h"} & set(sys.argv) else 2)
     theirs, ours = map(Path, sys.argv[1:])
+    if ours.exists():
+        raise script.InputError(f"{ours} exists already: name a new file")
     try:
         content = convert(theirs)
     except script.InputError as error:          # without the advice to use this tool

@@ -1101,23 +1101,19 @@ def load_checkpoint(file):
     return fill(CNN_Model(), values, name)
 
 def int8_checkpoint(int8_model):
-    """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed.
-
-    torch's archive is copied without times, so that equal networks have equal bytes.
-    """
+    """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in int8_model.state_dict().items()}
     saved, compressed = io.BytesIO(), io.BytesIO()
     torch.save({"recipe": int8_model.recipe, "model": tensors}, saved)
+    # copied without times, so that equal networks have equal bytes
     with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(compressed, "w") as copied:
         for part in archive.namelist():
             copied.writestr(zipfile.ZipInfo(part), archive.read(part), zipfile.ZIP_DEFLATED)
     return compressed.getvalue()
 
 def load_int8_checkpoint(file):
-    """The INT8_Model that a run saved. file: a path or a file object.
-
-    Raises InputError where its integers or scales are not those of its recipe.
-    """
+    """The INT8_Model that a run saved. file: a path or a file object. Raises InputError where its
+    integers or scales are not those of its recipe."""
     saved, name = read_checkpoint(file)
     held = saved if isinstance(saved, dict) else {}
     recipe, values = held.get("recipe"), held.get("model")
@@ -1207,10 +1203,8 @@ def calibrate(folded, pictures):
 
 @torch.inference_mode()
 def check_unchanged(step, model, other, pixels, tolerance):
-    """Print and return the largest difference of two models' logits; InputError if it is too large.
-
-    tolerance: the largest difference allowed, as a share of the largest logit.
-    """
+    """Print and return the largest difference of two models' logits. Raises InputError if it is
+    more than `tolerance`, a share of the largest logit."""
     expected = model(pixels)
     change, largest = (expected - other(pixels)).abs().max().item(), expected.abs().max().item()
     print(f"{step} changed a logit by at most {change:.3g}, on {len(pixels)} pictures")
@@ -1348,8 +1342,7 @@ def print_summary(report):
 
 # %% [markdown]
 # ## Command line
-# The constants as a run reads them, the paths that they name, the device, and the settings of a
-# run's process.
+# How a run reads its constants, their paths and the device, and what it sets in its process.
 
 # %%
 def constants_block():
@@ -1379,9 +1372,6 @@ def set_constants(words, doc):
         sys.exit()
     given = {}
     for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
-        if word in PRESETS:
-            given |= PRESETS[word]
-            continue
         name, _, text = word.partition("=")
         try:
             value = ast.literal_eval(text)
@@ -1389,7 +1379,7 @@ def set_constants(words, doc):
             value = text        # a word without quotes, such as a folder's name
         if isinstance(globals().get(name), str) and not isinstance(value, str):
             value = text        # a folder may be called 2024
-        given[name] = value
+        given |= PRESETS.get(word) or {name: value}
     check_legal(read_constants() | given, LEGAL)
     globals().update(given)
 
@@ -1556,8 +1546,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ### Explain
-# Why answers changed, in tables and a picture. In a notebook the line below runs the tool; in the
-# script it is a comment.
+# Why answers changed, in tables and a picture. (In the script the line below is a comment.)
 
 # %%
 # %run tools/explain.py

@@ -358,7 +358,7 @@ class CNN_Model(nn.Module):
         self.float()        # whatever torch's default dtype is
         self.ranges = {}
 
-    @torch.autocast("cpu", enabled=False)       # never in 16 bits
+    @torch.autocast("cpu", enabled=False)  # never in 16 bits
     def forward(self, x, observe=no_observer):
         x = observe("input", x.float())                                 # (N, 3, 224, 224)
         x = maxpool(observe("cv1", F.relu_(self.bn1(self.cnn1(x)))))    # (N, 16, 110, 110)
@@ -458,8 +458,8 @@ class INT8Layer(nn.Module):
 
     def prepare(self, in_scale, out_scale, use_kernel=False):
         """Calculate what `forward` needs. out_scale is 1 where the outputs stay FP32."""
-        self.sum_scale = (in_scale * self.w_scale).expand(len(self.bias))     # of sums and bias
-        self.multiplier = (out_scale / self.sum_scale).contiguous()           # M
+        self.sum_scale = (in_scale * self.w_scale).expand(len(self.bias))
+        self.multiplier = (out_scale / self.sum_scale).contiguous()     # M
         self.offset = self.bias * self.multiplier
         is_cpu = self.bias.device.type == "cpu"
         self.fp32_is_exact = is_cpu and self.largest_sum().max().item() < 2**24
@@ -511,7 +511,7 @@ class INT8Layer(nn.Module):
             geometry, packed = (), torch.ops.onednn.qlinear_prepack(self.weight, None)
         dtype = torch.float32 if self.outputs is None else dtype
         relu = "relu" if self.outputs is not None and self.outputs.low == 0 else "none"
-        relu_scalars, relu_algorithm = [], ""           # unused by ReLU
+        relu_scalars, relu_algorithm = [], ""   # unused by ReLU
         inputs, weights = (scale, zero_point), (packed, self.multiplier, zero_points, self.offset)
         outputs = scale, zero_point, dtype, relu, relu_scalars, relu_algorithm
         return operation, (*inputs, *weights, *geometry, *outputs)
@@ -582,16 +582,16 @@ class INT8_Model(nn.Module):
 
     def forward(self, x, observe=no_observer):
         """`CNN_Model.forward` on integers. Chooses the engines first if nothing is prepared."""
-        x = observe("input", self.quantize_pixels(x))                   # (N, 3, 224, 224)
+        x = observe("input", self.quantize_pixels(x))   # (N, 3, 224, 224)
         with CHOOSING:
             if not self.is_prepared:
                 choose_engines(self)
         x = maxpool(observe("cv1", self.cnn1(x)))       # (N, 16, 110, 110), ReLU by clipping at 0
-        x = maxpool(observe("cv2", self.cnn2(x)))                       # (N, 32, 53, 53)
-        x = maxpool(observe("cv3", self.cnn3(x)))                       # (N, 16, 25, 25)
-        x = maxpool(observe("cv4", self.cnn4(x)))                       # (N, 8, 11, 11)
-        x = observe("fc1", self.fc1(x.flatten(1)))                      # (N, 512)
-        x = observe("fc2", self.fc2(x))                                 # (N, 2)
+        x = maxpool(observe("cv2", self.cnn2(x)))       # (N, 32, 53, 53)
+        x = maxpool(observe("cv3", self.cnn3(x)))       # (N, 16, 25, 25)
+        x = maxpool(observe("cv4", self.cnn4(x)))       # (N, 8, 11, 11)
+        x = observe("fc1", self.fc1(x.flatten(1)))      # (N, 512)
+        x = observe("fc2", self.fc2(x))                 # (N, 2)
         return x if self.is_fp32(LOGITS) else x / self.scale(LOGITS)
 
     def quantize_pixels(self, x):
@@ -659,7 +659,7 @@ def kernel_overflows(int8_layer):
     unscaled = INT8Layer(shape, 1, inputs, outputs=None).to(int8_layer.weight.device)
     unscaled.weight.copy_(int8_layer.weight)
     unscaled.prepare(in_scale=1, out_scale=1, use_kernel=True)
-    size = (shape[1], 9, 9) if unscaled.is_conv else shape[1:]      # any size from 5 x 5 on will do
+    size = (shape[1], 9, 9) if unscaled.is_conv else shape[1:]  # from 5 x 5 on, any will do
     x = torch.full((1, *size), inputs.high, dtype=inputs.dtype, device=unscaled.weight.device)
     return bool((unscaled.reference(x) != unscaled.run_kernel(x)).any())
 
@@ -968,7 +968,7 @@ class CatDogDataset(Dataset):
                 self.files.append(file)
             except InputError as error:
                 self.skipped[file] = str(error)
-        self.usable()       # raises InputError if no picture is usable
+        self.usable()   # raises InputError if no picture is usable
 
     def usable(self):
         """[(file, label)] of those not skipped so far; raises InputError where there is none."""
@@ -1027,7 +1027,7 @@ class CatDogDataset(Dataset):
             items += self.__getitems__(range(start, min(start + count, len(self))))
             if len(items) >= count:
                 break
-        self.usable()       # raises InputError if no picture is usable
+        self.usable()   # raises InputError if no picture is usable
         return self.collate_fn(items[:count])[0].to(device())
 
     def checksum(self):
@@ -1371,7 +1371,7 @@ def set_constants(words, doc):
         print("\n".join(f"preset {name}: {changes}" for name, changes in PRESETS.items()))
         sys.exit()
     given = {}
-    for word in sorted(words, key=lambda word: word not in PRESETS):        # presets first
+    for word in sorted(words, key=lambda word: word not in PRESETS):    # presets first
         name, _, text = word.partition("=")
         try:
             value = ast.literal_eval(text)
@@ -1475,9 +1475,9 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    recipe = read_constants(LEGAL_RECIPE)       # in a notebook they may have changed
+    recipe = read_constants(LEGAL_RECIPE)   # in a notebook they may have changed
     constants |= recipe
-    sample = calibrated.pictures.first_pixels(SAMPLE)       # those that the ranges come from
+    sample = calibrated.pictures.first_pixels(SAMPLE)
     fp32_model, int8_model = quantize_network(folded, sample, recipe)
     changes["equalization"] = None if fp32_model is folded else check_unchanged(
         "equalization", folded, fp32_model, pixels, ROUNDING)

@@ -20,9 +20,9 @@ FIFTH_BLOCK = [
 self.bn4(self.cnn4(x)))))    # (N, 8, 11, 11)
         x = maxpool(observe("cv5", F.relu_(self.bn5(self.cnn5(x)))))    # (N, 12, 4, 4)
 """),
-    ('self.cnn4(x)))                       # (N, 8, 11, 11)\n', """\
-self.cnn4(x)))                       # (N, 8, 11, 11)
-        x = maxpool(observe("cv5", self.cnn5(x)))                       # (N, 12, 4, 4)
+    ('self.cnn4(x)))       # (N, 8, 11, 11)\n', """\
+self.cnn4(x)))       # (N, 8, 11, 11)
+        x = maxpool(observe("cv5", self.cnn5(x)))       # (N, 12, 4, 4)
 """),
     ('    Layer("fc1", None, "fc1"),', '    Layer("cnn5", "bn5", "cv5"),\n    Layer("fc1", None, "fc1"),'),
 ]

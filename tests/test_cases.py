@@ -199,6 +199,8 @@ def test_limit_of_pixels_holds_wherever_decode_is_called(tmp_path):
     Image.new("1", (8200, 8200)).save(tmp_path / "cat.png")
     with pytest.raises(script.InputError, match="67,240,000 .* 67,108,864"):
         script.decode(tmp_path / "cat.png", SIZE)
+    with pytest.raises(script.InputError, match="has 0 pixels"):
+        script.decode(np.zeros((0, 0, 3), np.uint8), SIZE)
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])       # "auto": every other run
 def test_device(place, name):

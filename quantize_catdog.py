@@ -1093,12 +1093,12 @@ def fill(model, values, name):
 def load_checkpoint(file):
     """The CNN_Model of FP32 weights: a state_dict, alone or as {"model": state_dict}."""
     saved, name = read_checkpoint(file)
-    if isinstance(saved, dict) and "recipe" in saved:
+    held = saved if isinstance(saved, dict) else {}
+    if "recipe" in held:
         raise InputError(f"{name} is the INT8 network of a run: set CHECKPOINT to FP32 weights, or "
                          "use load_int8_checkpoint in Python")
-    values = saved.get("model", saved) if isinstance(saved, dict) else {}
-    values = values if isinstance(values, dict) else {}
-    return fill(CNN_Model(), values, name)
+    values = held.get("model", held)
+    return fill(CNN_Model(), values if isinstance(values, dict) else {}, name)
 
 def int8_checkpoint(int8_model):
     """The bytes of an INT8 checkpoint: {"recipe": ..., "model": tensors}, compressed."""

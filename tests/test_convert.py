@@ -5,15 +5,22 @@ import os
 import subprocess
 import sys
 
+import convert_checkpoint
 import pytest
 import quantize_catdog as script
 import torch
 
-from helpers import PICTURES, ROOT, Calls, loaded, one_line, refused, run_here
-from test_robustness import beside_good_weights, load_converted
-
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint
+from helpers import (
+    PICTURES,
+    ROOT,
+    Calls,
+    beside_good_weights,
+    load_converted,
+    loaded,
+    one_line,
+    refused,
+    run_here,
+)
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 

@@ -24,17 +24,17 @@ from helpers import (
     Calls,
     Pictures,
     Place,
+    beside_good_weights,
     figures_of,
+    load_converted,
     mutated,
     png_header_that_promises,
     quantized,
     refused,
     started,
     stopped,
+    with_parts,
 )
-
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint
 
 SEED = 20              # of all mutations
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")        # as the script ignores them
@@ -168,9 +168,6 @@ def test_bad_pictures_change_nothing_about_the_good_ones(attacked):
 
 # checkpoints under attack
 
-def load_converted(path):
-    return script.load_checkpoint(io.BytesIO(convert_checkpoint.convert(path)))
-
 @pytest.fixture(scope="module", params=[script.load_checkpoint, load_converted, script.load_int8_checkpoint],
                 ids=["FP32", "converted", "INT8"])
 def checkpoint(request, state):
@@ -210,17 +207,6 @@ def test_mutated_checkpoints(checkpoint, tmp_path):
     path.write_bytes(flipped)
     assert not loads_the_same(path, load, expected)
 
-def with_parts(data, change, packed=zipfile.ZIP_STORED):
-    """The archive with its parts changed, checksums right again. change: {name's end: function of bytes}."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", packed) as new:
-        for name in old.namelist():
-            content = old.read(name)
-            for end, function in change.items():
-                content = function(content) if name.endswith(end) else content
-            new.writestr(name, content)
-    return file.getvalue()
-
 def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch):
     """Nothing but InputError comes out, nothing not finite comes in, and nothing is executed."""
     data, expected, load = checkpoint
@@ -236,11 +222,6 @@ def test_mutated_pickles_with_right_checksums(checkpoint, tmp_path, monkeypatch)
         else:
             for name, value in expected.items():
                 assert found[name].shape == value.shape and found[name].float().isfinite().all(), name
-
-def beside_good_weights(data, value, key=b"note"):
-    """A good checkpoint's bytes with one more entry beside the weights: a value in pickle's opcodes."""
-    entry = b"X" + struct.pack("<I", len(key)) + key + value + b"s."
-    return with_parts(data, {"data.pkl": lambda content: content[:-1] + entry})
 
 def opcodes(value):
     """A value's pickle, without its frame."""

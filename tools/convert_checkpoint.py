@@ -49,7 +49,7 @@ def state_dict_of(values):
              if isinstance(values.get(name), torch.Tensor)}
     for layer in script.LAYERS:
         eps, variance = values.get(f"{layer.bn}.eps"), state.get(f"{layer.bn}.running_var")
-        if isinstance(eps, (int, float)) and isinstance(variance, torch.Tensor):
+        if isinstance(eps, (int, float)) and variance is not None:
             # the script's batch norms have torch's own eps: the difference goes into the variance
             state[f"{layer.bn}.running_var"] = variance + (eps - model.get_submodule(layer.bn).eps)
     return state

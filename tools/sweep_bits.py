@@ -27,11 +27,9 @@ def real(int8_model, activation, integers):
 
 
 def read_by(layer, values):
-    """What a layer reads of {activation: values}: pooled after a convolution, flat before FC1."""
-    x = values[layer.input]
-    if x.dim() == 4 and layer.input != "input":
-        x = script.maxpool(x)
-    return x if layer.is_conv else x.flatten(1)
+    """What a layer reads of {activation: values}: the first layer the input, as it is."""
+    x, index = values[layer.input], script.LAYERS.index(layer)
+    return script.next_input(script.LAYERS[index - 1], x) if index else x
 
 
 @torch.inference_mode()
